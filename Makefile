@@ -1,0 +1,74 @@
+# From a bare clone, with only Python and make:  make demo  |  make test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.NOTPARALLEL:
+.PHONY: help install demo test format-check lint types unit doctest notebooks format bench clean
+
+help:
+	@echo "make demo     fit, score and draw the main example"
+	@echo "make test     all checks and tests"
+	@echo "make format   rewrite the code in the house style"
+	@echo "make bench    timings and accuracy against peers"
+	@echo "make clean    remove what the above created"
+	@echo "One stage of make test: make format-check | lint | types | unit | doctest | notebooks"
+
+install: $(INSTALLED)
+
+# torch first and by its exact version: a range would take a build with several GB of GPU libraries.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "probtensor needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@echo "== install into $(VENV) (minutes the first time) =="
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(BIN)/probtensor demo
+
+test: format-check lint types unit doctest notebooks
+	@echo "== make test: all stages passed =="
+
+# A fixed number of threads, so that tests take as long, and round as they do, on small and large machines.
+unit doctest notebooks: export OMP_NUM_THREADS ?= 2
+
+format-check: $(INSTALLED)
+	@echo "== ruff format --check =="
+	@$(BIN)/ruff format --check .
+
+lint: $(INSTALLED)
+	@echo "== ruff check =="
+	@$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	@echo "== mypy (strict) =="
+	@$(BIN)/mypy
+
+unit: $(INSTALLED)
+	@echo "== pytest =="
+	@$(BIN)/python -m pytest -q --durations=5
+
+doctest: $(INSTALLED)
+	@echo "== doctests =="
+	@$(BIN)/python -m pytest -q --doctest-modules probtensor
+
+notebooks: $(INSTALLED)
+	@echo "== notebooks =="
+	@if [ -n "$$(find tutorials -maxdepth 1 -name '*.ipynb' 2>/dev/null)" ]; then \
+		$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=120 tutorials; \
+	else echo "none in tutorials/"; fi
+
+format: $(INSTALLED)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov site
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

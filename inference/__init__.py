@@ -1,0 +1,1 @@
+"""Inference: how it is computed. Loops and solvers."""

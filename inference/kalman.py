@@ -1,0 +1,322 @@
+r"""Exact inference in a linear-Gaussian chain, parallel in time.
+
+The chain is ``x_1 ~ N(0, P_1)``, ``x_j | x_{j-1} ~ N(A_j x_{j-1}, Q_j)`` and each step carries a *site*
+``exp(h_j' u_j - u_j' L_j u_j / 2)`` on the observed part ``u_j = H x_j`` of the state. Sites are kept in
+this information form, so a site of precision zero, or of any rank, needs no special case.
+
+A block of consecutive steps acts on what comes before and after it through five arrays (`Element`); two blocks merge by
+`_merge`, an associative operation. Merging neighbours level by level gives log2(T) levels of batched operations, on CPU
+and GPU. Going down again, the state before a block gives the filtered state inside it, and the information after a
+block the backward information inside it; the two together are the smoothed state. No ``Q`` and no predicted
+covariance is ever inverted: steps of length zero and nearly equal coordinates are exact, and all of it is
+differentiable.
+
+References
+----------
+Särkkä and García-Fernández (2021), "Temporal parallelization of Bayesian smoothers", IEEE Trans. Automatic Control
+66(1).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from probtensor.gaussian import square_root
+
+__all__ = ["Chain", "Posterior", "Sites", "condition", "log_normalizer", "pull_back", "sample", "smooth"]
+
+
+class Sites(NamedTuple):
+    """Gaussian factors ``exp(shift' u - u' precision u / 2)`` on the observed part of each step.
+
+    Attributes
+    ----------
+    precision : Tensor, shape (T, R, R)
+        Symmetric, positive semi-definite; may be singular or zero.
+    shift : Tensor, shape (T, R) or (T, R, S)
+        Precision times mean; ``S`` columns share one precision.
+    """
+
+    precision: Tensor
+    shift: Tensor
+
+
+class Chain(NamedTuple):
+    """A Gauss-Markov chain of T steps.
+
+    Attributes
+    ----------
+    matrix : Tensor, shape (T, D, D)
+        ``A_j``; ``A_1`` must be zero, since nothing comes before.
+    noise : Tensor, shape (T, D, D)
+        ``Q_j``; ``Q_1`` is the prior covariance of the first state.
+    observe : Tensor, shape (R, D)
+        ``H``: the part of the state that the sites see.
+    """
+
+    matrix: Tensor
+    noise: Tensor
+    observe: Tensor
+
+
+class Posterior(NamedTuple):
+    """What the data say at each step: from the left (filtered) and from the right (backward information).
+
+    Attributes
+    ----------
+    mean : Tensor, shape (T, D, S)
+        Filtered mean: the state given the sites up to and including its own.
+    covariance : Tensor, shape (T, D, D)
+        Filtered covariance.
+    shift : Tensor, shape (T, D, S)
+        Shift of the backward information: the likelihood of all later sites as a function of the state.
+    precision : Tensor, shape (T, D, D)
+        Precision of the backward information.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    shift: Tensor
+    precision: Tensor
+
+
+class Element(NamedTuple):
+    """A block of steps: the state after it given that before it, ``N(A x + b, C)``, and what its sites say of that before.
+
+    The latter is ``exp(eta' x - x' J x / 2)``, up to a constant.
+    """
+
+    A: Tensor
+    b: Tensor
+    C: Tensor
+    eta: Tensor
+    J: Tensor
+
+
+def smooth(chain: Chain, sites: Sites) -> Posterior:
+    """Filtered states and backward information of all steps.
+
+    Parameters
+    ----------
+    chain : Chain
+        Prior, T steps.
+    sites : Sites
+        One site a step.
+
+    Returns
+    -------
+    Posterior
+        Combine with `condition` for smoothed moments. O(T D^3) operations in O(log T) batched calls.
+    """
+    levels = _levels(_elements(chain, sites))
+    return Posterior(*_forward(levels), *_backward(levels))
+
+
+def condition(mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of ``N(mean, covariance)`` times ``exp(shift' x - x' precision x / 2)``.
+
+    Parameters
+    ----------
+    mean, shift : Tensor, shape (..., D, S)
+    covariance, precision : Tensor, shape (..., D, D)
+        Both may be singular.
+
+    Returns
+    -------
+    mean : Tensor, shape (..., D, S)
+    covariance : Tensor, shape (..., D, D)
+    """
+    gain = _inverse_one_plus(covariance, precision)
+    return gain @ (mean + covariance @ shift), _symmetric(gain @ covariance)
+
+
+def pull_back(matrix: Tensor, noise: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """Information about ``x_j`` as information about ``x_{j-1}``, when ``x_j | x_{j-1} ~ N(matrix x_{j-1}, noise)``.
+
+    Parameters
+    ----------
+    matrix, noise : Tensor, shape (..., D, D)
+    shift : Tensor, shape (..., D, S)
+    precision : Tensor, shape (..., D, D)
+
+    Returns
+    -------
+    shift : Tensor, shape (..., D, S)
+    precision : Tensor, shape (..., D, D)
+    """
+    back = matrix.mT @ _inverse_one_plus(precision, noise)
+    return back @ shift, _symmetric(back @ precision @ matrix)
+
+
+def log_normalizer(chain: Chain, sites: Sites, posterior: Posterior | None = None) -> Tensor:
+    """Log of the integral of the prior times all sites (``log Z``).
+
+    Its gradient comes from the smoother, not from autograd's walk back through all levels: with what is known before
+    and after step j held fixed, ``log Z`` depends on that step's transition and site only through one small Gaussian
+    integral.
+
+    Parameters
+    ----------
+    chain : Chain
+    sites : Sites
+        With `shift` of shape (T, R).
+    posterior : Posterior, optional
+        What `smooth` gave for the same chain and sites; spares smoothing again.
+
+    Returns
+    -------
+    Tensor, scalar
+        Once differentiable in every argument. For sites that stand for observations ``y ~ N(u, 1 / L)`` it is the
+        log-likelihood less the sites' own constants.
+    """
+    A, Q, H = chain
+    with torch.no_grad():
+        if posterior is None:
+            posterior = smooth(chain, sites)
+        before_mean = torch.cat([torch.zeros_like(posterior.mean[:1]), posterior.mean[:-1]])
+        before_covariance = torch.cat([torch.zeros_like(posterior.covariance[:1]), posterior.covariance[:-1]])
+    mean = (A @ before_mean).squeeze(-1)
+    covariance = A @ before_covariance @ A.mT + Q
+    value = site_log_normalizer(mean @ H.T, H @ covariance @ H.T, sites).sum()
+    if not any(x.requires_grad for x in (*chain, *sites)):
+        return value
+    after = Sites(posterior.precision + H.T @ sites.precision @ H, posterior.shift.squeeze(-1) + sites.shift @ H)
+    local = site_log_normalizer(mean, covariance, after).sum()
+    return value.detach() + (local - local.detach())
+
+
+def site_log_normalizer(mean: Tensor, covariance: Tensor, sites: Sites) -> Tensor:
+    """Log of the integral of ``N(u; mean, covariance)`` times a site, for a batch.
+
+    Parameters
+    ----------
+    mean : Tensor, shape (T, R)
+    covariance : Tensor, shape (T, R, R)
+    sites : Sites
+        With `shift` of shape (T, R).
+
+    Returns
+    -------
+    Tensor, shape (T,)
+    """
+    L, h = sites
+    one_plus = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) + covariance @ L
+    Lm = (L @ mean[..., None]).squeeze(-1)
+    rest = h - Lm
+    gained = torch.linalg.solve(one_plus, covariance @ rest[..., None]).squeeze(-1)
+    linear = (mean * (h - 0.5 * Lm)).sum(-1)
+    return linear + 0.5 * (rest * gained).sum(-1) - 0.5 * torch.linalg.slogdet(one_plus).logabsdet
+
+
+def _elements(chain: Chain, sites: Sites) -> Element:
+    """One element a step: the transition followed by the site."""
+    A, Q, H = chain
+    columns = sites.shift[..., None] if sites.shift.ndim == 2 else sites.shift
+    L, h = H.T @ sites.precision @ H, H.T @ columns  # (T, D, D), (T, D, S)
+    gain = _inverse_one_plus(Q, L)
+    C = _symmetric(gain @ Q)
+    eta, J = pull_back(A, Q, h, L)
+    return Element(gain @ A, C @ h, C, eta, J)
+
+
+def _merge(first: Element, second: Element) -> Element:
+    """The block `first` followed by the block `second`."""
+    gain = _inverse_one_plus(first.C, second.J)
+    forward = second.A @ gain
+    back = first.A.mT @ gain.mT
+    return Element(
+        A=forward @ first.A,
+        b=forward @ (first.b + first.C @ second.eta) + second.b,
+        C=_symmetric(forward @ first.C @ second.A.mT) + second.C,
+        eta=back @ (second.eta - second.J @ first.b) + first.eta,
+        J=_symmetric(back @ second.J @ first.A) + first.J,
+    )
+
+
+def _levels(elements: Element) -> list[Element]:
+    """The elements, their merged pairs, the pairs of these, … down to one block. An odd last one moves up alone."""
+    levels = [elements]
+    while (n := levels[-1].A.shape[0]) > 1:
+        below = levels[-1]
+        pairs = _merge(Element(*(x[0 : n - 1 : 2] for x in below)), Element(*(x[1::2] for x in below)))
+        if n % 2:
+            pairs = Element(*(torch.cat([p, x[-1:]]) for p, x in zip(pairs, below, strict=True)))
+        levels.append(pairs)
+    return levels
+
+
+def _forward(levels: list[Element]) -> tuple[Tensor, Tensor]:
+    """Filtered mean (T, D, S) and covariance (T, D, D): from the state at the end of each block to those inside it."""
+    mean, covariance = levels[-1].b, levels[-1].C
+    for level in reversed(levels[:-1]):
+        even = Element(*(x[0::2] for x in level))
+        count = even.A.shape[0]
+        before_mean = torch.cat([torch.zeros_like(mean[:1]), mean[: count - 1]])
+        before_covariance = torch.cat([torch.zeros_like(covariance[:1]), covariance[: count - 1]])
+        m, P = condition(before_mean, before_covariance, even.eta, even.J)
+        half = level.A.shape[0] // 2
+        mean = _interleave(even.A @ m + even.b, mean[:half])
+        covariance = _interleave(even.A @ P @ even.A.mT + even.C, covariance[:half])
+    return mean, covariance
+
+
+def _backward(levels: list[Element]) -> tuple[Tensor, Tensor]:
+    """Shift (T, D, S) and precision (T, D, D) of what comes after each step."""
+    shift, precision = torch.zeros_like(levels[-1].eta), torch.zeros_like(levels[-1].J)
+    for level in reversed(levels[:-1]):
+        odd = Element(*(x[1::2] for x in level))
+        half = odd.A.shape[0]
+        eta, J = pull_back(odd.A, odd.C, shift[:half] - precision[:half] @ odd.b, precision[:half])
+        last = level.A.shape[0] - 2 * half  # one more step where the number of steps is odd: it is the last
+        shift = _interleave(torch.cat([eta + odd.eta, shift[half : half + last]]), shift[:half])
+        precision = _interleave(torch.cat([J + odd.J, precision[half : half + last]]), precision[:half])
+    return shift, precision
+
+
+def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generator) -> Tensor:
+    """Joint draws of the whole chain given the sites, by Matheron's rule: a prior draw, corrected by smoothing.
+
+    Parameters
+    ----------
+    chain : Chain
+    sites : Sites
+        With `shift` of shape (T, R).
+    n_samples : int
+    generator : torch.Generator
+        On the chain's device.
+
+    Returns
+    -------
+    Tensor, shape (n_samples, T, D)
+    """
+    T = chain.matrix.shape[0]
+
+    def noise(root: Tensor) -> Tensor:
+        normal = torch.randn(T, root.shape[-1], n_samples, generator=generator, dtype=root.dtype, device=root.device)
+        return root @ normal
+
+    zero = torch.zeros_like(chain.noise)
+    innovation = noise(square_root(chain.noise))
+    prior, _ = _forward(_levels(Element(chain.matrix, innovation, zero, torch.zeros_like(innovation), zero)))
+    seen = chain.observe @ prior
+    replay = sites.precision @ seen + noise(square_root(sites.precision))  # the sites, had they come from this draw
+    posterior = smooth(chain, Sites(sites.precision, sites.shift[..., None] - replay))
+    return (prior + condition(*posterior)[0]).movedim(-1, 0)
+
+
+def _interleave(even: Tensor, odd: Tensor) -> Tensor:
+    """even[0], odd[0], even[1], odd[1], …; `even` may have one more."""
+    n = odd.shape[0]
+    pairs = torch.stack([even[:n], odd], dim=1).reshape(2 * n, *even.shape[1:])
+    return torch.cat([pairs, even[n:]])
+
+
+def _inverse_one_plus(left: Tensor, right: Tensor) -> Tensor:
+    """Inverse of ``1 + left @ right``; regular for every pair of symmetric positive semi-definite matrices."""
+    one = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
+    return torch.linalg.inv(one + left @ right)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return 0.5 * (matrix + matrix.mT)

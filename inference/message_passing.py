@@ -1,0 +1,161 @@
+"""Coordinate ascent by message passing: the loop, its stop, and what it reports.
+
+A model names its blocks; each sweep visits them in order: sums over the rows at hand, one sum over ranks, update. The
+model knows nothing of ranks, the loop nothing of the model. All ranks take the same decisions, since they take them on
+summed values only.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from probtensor.comm import Comm
+
+__all__ = ["MessagePassingModel", "Result", "run"]
+
+StateT = TypeVar("StateT")
+RowsT = TypeVar("RowsT", contravariant=True)
+BlockT = TypeVar("BlockT")
+
+PATIENCE = 2  # sweeps over which the bound's change is judged: one with and one without a step of the hyperparameters
+SHOW_AFTER = 1.0  # seconds before a progress bar appears
+
+
+class MessagePassingModel(Protocol[StateT, RowsT, BlockT]):
+    """What `run` asks of a model; `probtensor.models.functional_tucker.FunctionalTucker` is one."""
+
+    @property
+    def blocks(self) -> Sequence[BlockT]:
+        """Blocks in the order of their updates."""
+        ...
+
+    def local_start(self, rows: RowsT) -> Tensor:
+        """Sums over rows for the start."""
+        ...
+
+    def start(self, statistics: Tensor, generator: torch.Generator) -> StateT:
+        """The first state."""
+        ...
+
+    def local_statistics(self, state: StateT, block: BlockT, rows: RowsT) -> Tensor:
+        """Sums over rows for one block."""
+        ...
+
+    def update(self, state: StateT, block: BlockT, statistics: Tensor) -> StateT:
+        """The state with one block at its optimum."""
+        ...
+
+    def end_sweep(self, state: StateT) -> StateT:
+        """The state after the last block."""
+        ...
+
+    def bound(self, state: StateT) -> Tensor:
+        """The evidence lower bound."""
+        ...
+
+
+class Result(NamedTuple, Generic[StateT]):
+    """What a run ends with.
+
+    Attributes
+    ----------
+    state
+        The posterior.
+    bound_history : list of float
+        The bound after each sweep.
+    n_iter : int
+        Sweeps done.
+    converged : bool
+    stop_reason : str
+    """
+
+    state: StateT
+    bound_history: list[float]
+    n_iter: int
+    converged: bool
+    stop_reason: str
+
+
+@torch.no_grad()
+def run(
+    model: MessagePassingModel[StateT, RowsT, BlockT],
+    rows: RowsT,
+    *,
+    comm: Comm,
+    generator: torch.Generator,
+    max_iter: int,
+    tol: float,
+    scale: float,
+    min_iter: int = 0,
+    progress: bool = True,
+) -> Result[StateT]:
+    """Sweep until the bound settles.
+
+    Parameters
+    ----------
+    model : MessagePassingModel
+    rows
+        This rank's rows.
+    comm : Comm
+        Sums over ranks.
+    generator : torch.Generator
+        In the same state on every rank.
+    max_iter : int
+        Sweeps at most.
+    tol : float
+        Stop when the bound changes by less than ``tol * max(abs(bound), scale)`` over two sweeps.
+    scale : float
+        Size below which a bound counts as zero: the number of rows.
+    min_iter : int, default 0
+        Sweeps at least.
+    progress : bool, default True
+        Show a progress bar on rank 0, once the run has taken a second.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    FloatingPointError
+        If the bound is not finite.
+
+    Warns
+    -----
+    ConvergenceWarning
+        If `max_iter` is reached.
+    """
+    state = model.start(comm.sum(model.local_start(rows)), generator)
+    history: list[float] = []
+    with tqdm(total=max_iter, desc="sweeps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
+        for sweep in range(max_iter):
+            for block in model.blocks:
+                state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
+            state = model.end_sweep(state)
+            history.append(float(model.bound(state)))
+            if not math.isfinite(history[-1]):
+                raise FloatingPointError(
+                    f"the bound is {history[-1]} after sweep {sweep + 1}; try damping=0.5 or look for extreme values"
+                )
+            bar.update()
+            bar.set_postfix(bound=f"{history[-1]:.6g}", refresh=False)
+            if sweep + 1 >= max(min_iter, PATIENCE + 1):
+                change = abs(history[-1] - history[-1 - PATIENCE])
+                if change <= tol * max(abs(history[-1]), scale):
+                    reason = f"the bound changed by less than tol={tol:g} (relative) over {PATIENCE} sweeps"
+                    return Result(state, history, sweep + 1, True, reason)
+    reason = f"max_iter={max_iter} sweeps done"
+    if comm.is_root:
+        warnings.warn(
+            f"not converged: {reason}, the bound still moves. Raise max_iter or tol, or look at bound_history_; "
+            "a lower rank often converges faster.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    return Result(state, history, max_iter, False, reason)

@@ -1,0 +1,267 @@
+"""Priors of a mode's latent functions, and their posteriors under Gaussian sites.
+
+A mode has ``T`` distinct coordinates and ``R`` latent functions. Whatever the prior, it answers the same few questions;
+continuous modes answer them with a state-space Gaussian process, categorical modes with independent rows.
+
+Hyperparameters are one tensor of logarithms a mode, so that an optimiser can step in any direction.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
+from probtensor.gaussian import square_root
+from probtensor.inference import kalman
+from probtensor.inference.kalman import Chain, Posterior, Sites
+from probtensor.models.state_space import Transition, state_dim, stationary_covariance, transition
+
+__all__ = ["GaussianProcess", "IndependentRows", "LatentFunctions", "Moments", "latent_functions"]
+
+
+class Moments(NamedTuple):
+    """Mean (n, R) and covariance (n, R, R) of the latent functions at n coordinates."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+class LatentFunctions(ABC):
+    """The prior over one mode's latent functions. Stateless: hyperparameters, sites and posteriors are arguments."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of distinct coordinates ``T``."""
+
+    @abstractmethod
+    def everywhere(self) -> Tensor:
+        """The T distinct coordinates, as `at` and `sample` take them."""
+
+    @abstractmethod
+    def initial_hyperparameters(self, rank: int) -> Tensor:
+        """Logarithms to start from, shape (n_hyperparameters, R)."""
+
+    @abstractmethod
+    def bounds(self, rank: int) -> Tensor:
+        """Lower and upper bounds of the logarithms, shape (2, n_hyperparameters, R)."""
+
+    @abstractmethod
+    def named(self, log_hyperparameters: Tensor) -> dict[str, Tensor]:
+        """The hyperparameters by name, in the axis's unit, each of shape (R,)."""
+
+    @abstractmethod
+    def posterior(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Posterior, Tensor]:
+        """Posterior given one site a coordinate (an opaque value for the methods below), and its log-normaliser."""
+
+    @abstractmethod
+    def log_normalizer(self, log_hyperparameters: Tensor, sites: Sites) -> Tensor:
+        """Log of the integral of the prior times all sites, a scalar, differentiable."""
+
+    @abstractmethod
+    def moments(self, log_hyperparameters: Tensor, posterior: Posterior) -> Moments:
+        """Posterior moments at the T coordinates."""
+
+    @abstractmethod
+    def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:
+        """Posterior moments at n coordinates, seen or not."""
+
+    @abstractmethod
+    def sample(
+        self, log_hyperparameters: Tensor, sites: Sites, where: Tensor, n_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        """Joint posterior draws at n coordinates, shape (n_samples, n, R)."""
+
+
+class GaussianProcess(LatentFunctions):
+    """Matérn processes over a continuous axis; hyperparameters are log lengthscale and log variance of each component.
+
+    Parameters
+    ----------
+    coordinates : Tensor, shape (T,)
+        Sorted, distinct, in the axis's unit.
+    nu : {0.5, 1.5, 2.5}
+        Smoothness.
+    """
+
+    def __init__(self, coordinates: Tensor, nu: float) -> None:
+        self.coordinates = coordinates
+        self.nu = nu
+        self.range = float(coordinates[-1] - coordinates[0]) or 1.0
+
+    @property
+    def size(self) -> int:  # noqa: D102 - inherited
+        return self.coordinates.shape[0]
+
+    def everywhere(self) -> Tensor:  # noqa: D102
+        return self.coordinates
+
+    def initial_hyperparameters(self, rank: int) -> Tensor:  # noqa: D102
+        ones = self.coordinates.new_ones(rank)
+        return torch.stack([ones * math.log(self.range / 5), torch.zeros_like(ones)])
+
+    def bounds(self, rank: int) -> Tensor:  # noqa: D102
+        gap = self.range / max(self.size - 1, 1)
+        lower = [math.log(gap / 10), math.log(1e-4)]
+        upper = [math.log(self.range * 100), math.log(1e4)]
+        return self.coordinates.new_tensor([lower, upper])[:, :, None].expand(2, 2, rank)
+
+    def named(self, log_hyperparameters: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        lengthscale, variance = log_hyperparameters.exp()
+        return {"lengthscale": lengthscale, "variance": variance}
+
+    def chain(self, log_hyperparameters: Tensor, coordinates: Tensor) -> Chain:
+        """The prior over the states at given sorted coordinates."""
+        variance = log_hyperparameters[1].exp()
+        start = stationary_covariance(self.nu, variance)[None]
+        steps = self._step(log_hyperparameters, torch.diff(coordinates))
+        return Chain(
+            torch.cat([torch.zeros_like(start), steps.matrix]), torch.cat([start, steps.noise]), self._observe(variance)
+        )
+
+    def posterior(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Posterior, Tensor]:  # noqa: D102
+        chain = self.chain(log_hyperparameters, self.coordinates)
+        posterior = kalman.smooth(chain, sites)
+        return posterior, kalman.log_normalizer(chain, sites, posterior)
+
+    def log_normalizer(self, log_hyperparameters: Tensor, sites: Sites) -> Tensor:  # noqa: D102
+        return kalman.log_normalizer(self.chain(log_hyperparameters, self.coordinates), sites)
+
+    def moments(self, log_hyperparameters: Tensor, posterior: Posterior) -> Moments:  # noqa: D102
+        return self._observed(*kalman.condition(*posterior), log_hyperparameters)
+
+    def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102
+        # The state left of `where`, carried forward, meets the information right of it, carried back (specs: section
+        # 8).
+        variance = log_hyperparameters[1].exp()
+        H = self._observe(variance)
+        left = torch.searchsorted(self.coordinates, where, right=True) - 1
+        right = left + 1
+        has_left, has_right = left >= 0, right < self.size
+        left, right = left.clamp(min=0), right.clamp(max=self.size - 1)
+
+        forward = self._step(log_hyperparameters, torch.where(has_left, where - self.coordinates[left], 0.0))
+        A, P = forward.matrix, posterior.covariance[left]
+        prior = stationary_covariance(self.nu, variance)
+        mean = torch.where(has_left[:, None, None], A @ posterior.mean[left], 0.0)
+        covariance = torch.where(has_left[:, None, None], A @ P @ A.mT + forward.noise, prior)
+
+        backward = self._step(log_hyperparameters, torch.where(has_right, self.coordinates[right] - where, 0.0))
+        shift, precision = kalman.pull_back(
+            *backward,
+            posterior.shift[right] + H.T @ sites.shift[right, :, None],
+            posterior.precision[right] + H.T @ sites.precision[right] @ H,
+        )
+        shift = torch.where(has_right[:, None, None], shift, 0.0)
+        precision = torch.where(has_right[:, None, None], precision, 0.0)
+        return self._observed(*kalman.condition(mean, covariance, shift, precision), log_hyperparameters)
+
+    def sample(  # noqa: D102
+        self, log_hyperparameters: Tensor, sites: Sites, where: Tensor, n_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        everywhere, position = torch.unique(torch.cat([self.coordinates, where]), return_inverse=True)
+        rank = log_hyperparameters.shape[1]
+        precision = where.new_zeros(everywhere.shape[0], rank, rank)
+        shift = where.new_zeros(everywhere.shape[0], rank)
+        seen, asked = position[: self.size], position[self.size :]
+        precision[seen], shift[seen] = sites
+        chain = self.chain(log_hyperparameters, everywhere)
+        states = kalman.sample(chain, Sites(precision, shift), n_samples, generator)
+        return states[:, asked] @ chain.observe.T
+
+    def _step(self, log_hyperparameters: Tensor, gaps: Tensor) -> Transition:
+        lengthscale, variance = log_hyperparameters.exp()
+        return transition(self.nu, gaps, lengthscale, variance)
+
+    def _observe(self, like: Tensor) -> Tensor:
+        d, rank = state_dim(self.nu), like.shape[0]
+        return torch.eye(rank * d, dtype=like.dtype, device=like.device)[::d]
+
+    def _observed(self, mean: Tensor, covariance: Tensor, log_hyperparameters: Tensor) -> Moments:
+        d = state_dim(self.nu)
+        return Moments(mean[:, ::d, 0], covariance[:, ::d, ::d])
+
+
+class IndependentRows(LatentFunctions):
+    """Rows of a categorical mode: ``u_i ~ N(0, diag(variance))``, independent; the hyperparameter is log variance.
+
+    A label that was never seen (position -1) has its prior.
+
+    Parameters
+    ----------
+    size : int
+        Number of labels.
+    like : Tensor
+        Gives dtype and device.
+    """
+
+    def __init__(self, size: int, like: Tensor) -> None:
+        self._size = size
+        self._like = like.new_empty(0)
+
+    @property
+    def size(self) -> int:  # noqa: D102
+        return self._size
+
+    def everywhere(self) -> Tensor:  # noqa: D102
+        return torch.arange(self._size, device=self._like.device)
+
+    def initial_hyperparameters(self, rank: int) -> Tensor:  # noqa: D102
+        return self._like.new_zeros(1, rank)
+
+    def bounds(self, rank: int) -> Tensor:  # noqa: D102
+        return self._like.new_tensor([math.log(1e-4), math.log(1e4)])[:, None, None].expand(2, 1, rank)
+
+    def named(self, log_hyperparameters: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        return {"variance": log_hyperparameters[0].exp()}
+
+    def posterior(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Posterior, Tensor]:  # noqa: D102
+        prior = torch.diag(log_hyperparameters[0].exp()).expand_as(sites.precision)
+        zero = torch.zeros_like(sites.shift)[..., None]
+        mean, covariance = kalman.condition(zero, prior, sites.shift[..., None], sites.precision)
+        posterior = Posterior(mean, covariance, zero, torch.zeros_like(covariance))
+        return posterior, self.log_normalizer(log_hyperparameters, sites)
+
+    def log_normalizer(self, log_hyperparameters: Tensor, sites: Sites) -> Tensor:  # noqa: D102
+        prior = torch.diag(log_hyperparameters[0].exp()).expand_as(sites.precision)
+        return kalman.site_log_normalizer(torch.zeros_like(sites.shift), prior, sites).sum()
+
+    def moments(self, log_hyperparameters: Tensor, posterior: Posterior) -> Moments:  # noqa: D102
+        return Moments(posterior.mean.squeeze(-1), posterior.covariance)
+
+    def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102
+        known = where >= 0
+        at = where.clamp(min=0)
+        mean = torch.where(known[:, None], posterior.mean[at, :, 0], 0.0)
+        prior = torch.diag(log_hyperparameters[0].exp())
+        return Moments(mean, torch.where(known[:, None, None], posterior.covariance[at], prior))
+
+    def sample(  # noqa: D102
+        self, log_hyperparameters: Tensor, sites: Sites, where: Tensor, n_samples: int, generator: torch.Generator
+    ) -> Tensor:
+        posterior, _ = self.posterior(log_hyperparameters, sites)
+        labels, position = torch.unique(where, return_inverse=True)
+        mean, covariance = self.at(log_hyperparameters, sites, posterior, labels)
+        normal = torch.randn(n_samples, *mean.shape, 1, generator=generator, dtype=mean.dtype, device=mean.device)
+        return (mean + (square_root(covariance) @ normal).squeeze(-1))[:, position]
+
+
+def latent_functions(axis: Axis, like: Tensor) -> LatentFunctions:
+    """The prior that belongs to a fitted axis.
+
+    Parameters
+    ----------
+    axis : Axis
+        Fitted.
+    like : Tensor
+        Gives dtype and device.
+    """
+    match axis:
+        case ContinuousAxis():
+            return GaussianProcess(torch.tensor(axis.coordinates).to(like), axis.nu)
+        case CategoricalAxis():
+            return IndependentRows(axis.size, like)
+    raise TypeError(f"axis: expected ContinuousAxis or CategoricalAxis, got {type(axis).__name__}")

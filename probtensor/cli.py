@@ -1,0 +1,296 @@
+"""The command ``probtensor``: fit a table, fill its holes, look at a model.
+
+Only typer is imported here; each command imports what it needs, so that ``probtensor --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from probtensor.axes import Axis
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelFile = Annotated[Path, typer.Argument(help="A model that `probtensor fit` wrote.", show_default=False)]
+Form = StrEnum("Form", ["tucker", "cp"])
+Duplicates = StrEnum("Duplicates", ["observations", "error", "sum", "mean"])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import probtensor
+
+        typer.echo(f"probtensor {probtensor.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Complete, explain and predict tables of measurements that are indexed by several aspects.
+
+    A table has one row a measurement: one column for each aspect (time, dose, station, ...) and one column with the
+    value. Cells that were never measured are simply not in the table. For example:
+
+    **probtensor demo**
+
+    **probtensor fit data.csv --value y --continuous time --categorical station --rank 3 --out my.model**
+
+    **probtensor predict my.model new.csv --out filled.csv**
+
+    **probtensor info my.model**
+
+    Set the environment variable PROBTENSOR_TRACEBACK=1 to see where an error arose.
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the models.")] = Path("probtensor-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the hidden cells and of the fits.")] = 0,
+    holdout: Annotated[float, typer.Option(help="Share of the measured cells to hide, between 0 and 1.")] = 0.2,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Complete real data (cell responses to interleukin-2) and compare with references.
+
+    Hides a fifth of the measured cells, predicts them with FunBaT and with simpler methods, prints the errors, draws
+    the latent functions over time and dose, and saves the models. Nothing is downloaded.
+    """
+    with _user_errors():
+        from probtensor.demo import run_demo
+
+        run_demo(out, seed=seed, holdout=holdout, progress=not quiet, echo=typer.echo)
+
+
+@app.command()
+def fit(
+    data: Annotated[Path, typer.Argument(help="Table: .csv, .tsv (also .gz) or .parquet.", show_default=False)],
+    value: Annotated[str, typer.Option(help="Column with the measured values.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Where to write the model.", show_default=False)],
+    continuous: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of numbers or dates, where near means alike. Repeat for more.", show_default=False),
+    ] = None,
+    categorical: Annotated[
+        list[str] | None, typer.Option(help="Column of labels. Repeat for more.", show_default=False)
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Column that is no aspect. Repeat for more.", show_default=False)
+    ] = None,
+    rank: Annotated[str, typer.Option(help="Number of components, or one for each aspect as in 3,2,4.")] = "3",
+    form: Annotated[Form, typer.Option(help="Structure of the model.")] = Form.tucker,
+    nu: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Smoothness of the functions, 0.5, 1.5 or 2.5; for one column as in time=2.5. Repeat for more.",
+            show_default="1.5",
+        ),
+    ] = None,
+    max_iter: Annotated[int | None, typer.Option(help="Iterations at most.", show_default="the model's")] = None,
+    tol: Annotated[
+        float | None, typer.Option(help="Stop at this relative change of the bound.", show_default="the model's")
+    ] = None,
+    damping: Annotated[float, typer.Option(help="Share of the old message kept in each update, 0 to 1.")] = 0.0,
+    duplicates: Annotated[Duplicates, typer.Option(help="What rows of one cell are.")] = Duplicates.observations,
+    seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Fit a model to a table and save it.
+
+    Every column but the value is an aspect, unless it is ignored. Columns that are named neither continuous nor
+    categorical are judged by what they hold: numbers with a decimal point are continuous; words, whole numbers and
+    true/false are labels. Rows without a value are left out. For example:
+
+    **probtensor fit air.csv --value pm25 --continuous day --continuous latitude --categorical station --out air.model**
+
+    **probtensor fit assay.csv --value y --continuous time --rank 4 --form cp --nu 2.5 --out assay.model**
+    """
+    with _user_errors():
+        from probtensor.data import resolve_axes
+        from probtensor.models import FunBaT
+        from probtensor.readers import read_table
+
+        X, y = read_table(data, value, continuous or (), categorical or ())
+        if unknown := [name for name in ignore or () if name not in X.columns]:
+            raise ValueError(f"--ignore: expected columns among {list(X.columns)}, got {unknown}")
+        X = X.drop(columns=ignore or [])
+        axes = _with_smoothness(resolve_axes(X), nu or [])
+        settings: dict[str, Any] = {
+            **{"rank": _parse_rank(rank), "form": form.value, "axes": axes, "max_iter": max_iter, "tol": tol},
+            **{"damping": damping, "duplicates": duplicates.value, "random_state": seed, "progress": not quiet},
+        }
+        model = FunBaT(**{name: setting for name, setting in settings.items() if setting is not None})
+        model.fit(X, y)
+        model.save(out)
+        typer.echo(f"Fitted {len(X)} values in {model.n_iter_} iterations ({model.stop_reason_}).")
+        typer.echo(f"Saved {out}")
+
+
+@app.command()
+def predict(
+    model: ModelFile,
+    data: Annotated[Path, typer.Argument(help="Table with the columns of the model.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write: .csv, .tsv or .parquet.", show_default="the terminal, as csv")
+    ] = None,
+    coverage: Annotated[float, typer.Option(help="Probability of the intervals, between 0 and 1.")] = 0.9,
+) -> None:
+    """Predict the value of each row of a table.
+
+    Writes the table's columns as they are, and four more: mean and std of the predicted value, and the ends of its
+    interval, lower and upper. For example:
+
+    **probtensor predict my.model new.csv --coverage 0.5 --out filled.csv**
+    """
+    with _user_errors():
+        from probtensor.axes import CategoricalAxis, ContinuousAxis
+        from probtensor.persistence import load
+        from probtensor.readers import read_table
+
+        fitted = load(model)
+        names = [str(axis.name) for axis in fitted.axes_]
+        near = [str(axis.name) for axis in fitted.axes_ if isinstance(axis, ContinuousAxis)]
+        labels = {str(axis.name): axis.label_dtype for axis in fitted.axes_ if isinstance(axis, CategoricalAxis)}
+        X, _ = read_table(data, None, near, labels, columns=names)
+        table = _read_as_written(data)
+        if taken := [name for name in ("mean", "std", "lower", "upper") if name in table.columns]:
+            raise ValueError(f"{data}: expected no columns called mean, std, lower or upper, got {taken}")
+        table["mean"], table["std"] = fitted.predict(X, return_std=True)
+        table["lower"], table["upper"] = fitted.predict_interval(X, coverage=coverage)
+        _write_table(table, out)
+
+
+@app.command()
+def info(model: ModelFile) -> None:
+    """Show what a model file holds: aspects, ranks, noise, bound, iterations, hyperparameters, versions."""
+    with _user_errors():
+        from probtensor.persistence import load, read_header
+
+        header = read_header(model)
+        for line in _describe(load(model), header):
+            typer.echo(line)
+
+
+def _parse_rank(text: str) -> int | tuple[int, ...]:
+    try:
+        ranks = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--rank: expected a number, or one for each aspect as in 3,2,4, got {text!r}") from None
+    return ranks[0] if len(ranks) == 1 else ranks
+
+
+def _with_smoothness(axes: tuple[Axis, ...], given: list[str]) -> tuple[Axis, ...]:
+    """Return the axes with the smoothness of ``--nu 1.5`` (all) and ``--nu time=1.5`` (one)."""
+    from probtensor.axes import ContinuousAxis
+
+    names = [axis.name for axis in axes if isinstance(axis, ContinuousAxis)]
+    chosen: dict[str | None, float] = {}
+    for text in sorted(given, key=lambda text: "=" in text):  # those of one axis overrule that of all
+        name, _, number = text.rpartition("=")
+        if name and name not in names:
+            raise ValueError(f"--nu: expected a continuous column among {names}, got {name!r}")
+        try:
+            chosen.update(dict.fromkeys([name] if name else names, float(number)))
+        except ValueError:
+            raise ValueError(f"--nu: expected a number, or one for a column as in time=2.5, got {text!r}") from None
+    return tuple(
+        replace(axis, nu=chosen[axis.name]) if isinstance(axis, ContinuousAxis) and axis.name in chosen else axis
+        for axis in axes
+    )
+
+
+def _read_as_written(path: Path) -> pd.DataFrame:
+    """Return a table whose csv cells are the text that is in the file."""
+    import pandas as pd
+
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    return pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",", dtype=str, keep_default_na=False)
+
+
+def _write_table(table: pd.DataFrame, out: Path | None) -> None:
+    if out is None:
+        table.to_csv(sys.stdout, index=False)
+    elif out.suffix == ".parquet":
+        table.to_parquet(out, index=False)
+    elif out.suffix in (".csv", ".tsv"):
+        table.to_csv(out, index=False, sep="\t" if out.suffix == ".tsv" else ",")
+    else:
+        raise ValueError(f"--out: expected a name that ends in .csv, .tsv or .parquet, got {str(out)!r}")
+
+
+def _describe(model: Any, header: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of ``probtensor info``."""
+    from probtensor.axes import ContinuousAxis
+
+    yield f"{header['kind'].rpartition('.')[2]}, written by probtensor {header['probtensor_version']}"
+    facts = {
+        "form": model.form,
+        "noise (standard deviation)": f"{model.noise_std_:.6g}",
+        "bound on the log evidence": f"{model.bound_:.6f}",
+        "iterations": model.n_iter_,
+        "converged": f"{'yes' if model.converged_ else 'no'} ({model.stop_reason_})",
+    }
+    for name, fact in facts.items():
+        yield f"  {name:<28}{fact}"
+    for axis in model.axes_:
+        values, rank = axis.distinct, model.factor(axis.name, at=axis.distinct[:1])[0].shape[1]
+        if isinstance(axis, ContinuousAxis):
+            what = f"continuous, {axis.size} coordinates from {values[0]} to {values[-1]}, nu {axis.nu:g}"
+        else:
+            what = f"categorical, {axis.size} labels: {', '.join(map(str, values[:5]))}{', ...' * (axis.size > 5)}"
+        yield f"{axis.name}: rank {rank}, {what}"
+        for name, hyperparameter in model.hyperparameters_[axis.name].items():
+            yield f"  {name:<28}{_numbers(hyperparameter)}"
+
+
+def _numbers(value: Any) -> str:
+    import numpy as np
+
+    return "  ".join(f"{number:.6g}" for number in np.asarray(value, dtype=np.float64).ravel())
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what is wrong with the user's input into one line on stderr and exit code 2; warnings into one line."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        typer.echo(f"Warning: {_one_line(message)}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        try:
+            yield
+        except BrokenPipeError:  # the reader of our output went away, as in `probtensor predict ... | head`
+            raise
+        except (ValueError, OSError, ImportError) as error:
+            if os.environ.get("PROBTENSOR_TRACEBACK"):
+                raise
+            typer.echo(f"Error: {_one_line(error)}", err=True)
+            raise typer.Exit(2) from None
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

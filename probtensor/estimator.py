@@ -1,0 +1,372 @@
+"""The shell of every regressor over tensor entries: validation, units, intervals, files.
+
+A model sees fitted axes, positions and standardised values; a user sees tables and their own units. The shell stands
+between: it validates once, agrees on the axes with the other ranks, standardises by the training rows, and turns
+moments into means, intervals and densities.
+"""
+
+import json
+import math
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from scipy import stats
+from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from probtensor.axes import Axis, CategoricalAxis, axis_from_state
+from probtensor.comm import Comm, Serial
+from probtensor.data import Duplicates, Observations, as_table, resolve_axes
+from probtensor.persistence import write_state
+
+__all__ = ["TensorRegressor", "UnknownLabelWarning"]
+
+FloatArray = npt.NDArray[np.floating[Any]]
+RandomState = int | np.random.Generator | np.random.RandomState | None
+
+
+class UnknownLabelWarning(UserWarning):
+    """A label was not among the training data: its latent functions have their prior, so the interval is wide."""
+
+
+class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
+    """Regression over the entries of a tensor, with a predictive distribution.
+
+    Subclasses set their parameters in ``__init__`` and give `_fit`, `_latent`, `_latent_samples`, `_noise_variance`,
+    `to_state` and `_restore`.
+
+    Attributes
+    ----------
+    axes_ : tuple of Axis
+        Fitted axes, one a mode.
+    y_mean_, y_scale_ : float
+        Mean and standard deviation of the training values.
+    n_features_in_ : int
+        Number of modes ``K``.
+    feature_names_in_ : ndarray of str, shape (K,)
+        Names of the modes.
+    """
+
+    axes: Sequence[Axis] | None
+    duplicates: Duplicates
+    device: str
+
+    axes_: tuple[Axis, ...]
+    y_mean_: float
+    y_scale_: float
+    dtype_: np.dtype[Any]
+    n_features_in_: int
+    feature_names_in_: npt.NDArray[Any]
+
+    def fit(self, X: Any, y: Any, comm: Comm | None = None) -> Self:
+        """Fit the model to observed entries.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+            Coordinates of the observed entries, one column a mode. Entries that are missing have no row.
+        y : array_like, shape (n,)
+            Their values. The results are float32 where y is, else float64.
+        comm : Comm, optional
+            The ranks that fit together, each with its own rows; see `probtensor.comm.world`. Default: this process
+            alone.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If X or y is malformed, empty or not finite, or a parameter does not fit the data.
+        """
+        comm = Serial() if comm is None else comm
+        if comm.size > 1 and self.duplicates != "observations":
+            raise ValueError(f'duplicates: expected "observations" on several ranks, got {self.duplicates!r}')
+        table = as_table(X)
+        axes = self.axes if comm.size == 1 else _agreed_axes(table, self.axes, comm)
+        observed = Observations.from_table(table, y, axes, self.duplicates)
+        self.dtype_ = (
+            np.dtype(np.float32) if getattr(y, "dtype", None) in (np.float32, torch.float32) else np.dtype(float)
+        )
+        self.axes_ = observed.axes
+        self.n_features_in_ = observed.order
+        self.feature_names_in_ = np.array([axis.name for axis in self.axes_], dtype=object)
+        device = resolve_device(self.device)
+        values = observed.values.to(device)
+        count, total = comm.sum(torch.stack([values.new_tensor(float(len(values))), values.sum()])).tolist()
+        self.y_mean_ = total / count
+        scale = math.sqrt(float(comm.sum(((values - self.y_mean_) ** 2).sum()[None])) / count)
+        self.y_scale_ = scale if scale > 1e-12 * abs(self.y_mean_) else 1.0
+        self._fit(observed.positions.to(device), (values - self.y_mean_) / self.y_scale_, comm)
+        return self
+
+    def predict(self, X: Any, return_std: bool = False) -> FloatArray | tuple[FloatArray, FloatArray]:
+        """Predictive mean of y, and its standard deviation.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+            Coordinates, seen in training or not.
+        return_std : bool, default False
+            Whether to return the standard deviation of y (noise included) too.
+
+        Returns
+        -------
+        mean : ndarray, shape (n,)
+            In the unit of y.
+        std : ndarray, shape (n,)
+            Only with ``return_std=True``.
+
+        Raises
+        ------
+        ValueError
+            If X has other columns than in training, or missing coordinates.
+
+        Warns
+        -----
+        UnknownLabelWarning
+            If a label was not seen in training; see `unknown`.
+        """
+        mean, std = self._moments(X)
+        return (mean.astype(self.dtype_), std.astype(self.dtype_)) if return_std else mean.astype(self.dtype_)
+
+    def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[FloatArray, FloatArray]:
+        """Central predictive intervals of y.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+        coverage : float, default 0.9
+            Probability of the interval, between 0 and 1.
+
+        Returns
+        -------
+        lower, upper : ndarray, shape (n,)
+        """
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage: expected a probability between 0 and 1, got {coverage!r}")
+        mean, std = self._moments(X)
+        half = stats.norm.ppf(0.5 + coverage / 2) * std
+        return (mean - half).astype(self.dtype_), (mean + half).astype(self.dtype_)
+
+    def log_prob(self, X: Any, y: Any) -> FloatArray:
+        """Log predictive density of each value, in the unit of y; a NaN in y is a missing value and gives 0.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+        y : array_like, shape (n,)
+
+        Returns
+        -------
+        ndarray, shape (n,)
+        """
+        mean, std = self._moments(X)
+        values = np.asarray(y, dtype=float)
+        if values.shape != mean.shape:
+            raise ValueError(f"y: expected shape {mean.shape} to match X, got {values.shape}")
+        density = stats.norm.logpdf(np.where(np.isnan(values), mean, values), mean, std)
+        return np.where(np.isnan(values), 0.0, density).astype(self.dtype_)
+
+    def sample_y(self, X: Any, n_samples: int = 1, random_state: RandomState = 0) -> FloatArray:
+        """Joint draws from the predictive distribution of y.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+        n_samples : int, default 1
+        random_state : int, Generator, RandomState or None, default 0
+            Seed; None draws one.
+
+        Returns
+        -------
+        ndarray, shape (n, n_samples)
+        """
+        if n_samples < 1:
+            raise ValueError(f"n_samples: expected at least 1, got {n_samples!r}")
+        encoded = self._encode(X)
+        generator = make_generator(random_state, encoded[0].device)
+        drawn = self._latent_samples(encoded, n_samples, generator)
+        normal = torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device)
+        drawn = drawn + normal * math.sqrt(self._noise_variance())
+        return self._to_user(drawn).T.astype(self.dtype_)
+
+    def unknown(self, X: Any) -> pd.DataFrame:
+        """Which labels were not seen in training: bool, one column a mode; continuous modes have none.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+
+        Returns
+        -------
+        DataFrame, shape (n, K)
+        """
+        table = self._columns(X)
+        flags = {
+            axis.name: (axis.positions(table[axis.name]) < 0) & isinstance(axis, CategoricalAxis) for axis in self.axes_
+        }
+        return pd.DataFrame(flags, index=table.index)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted model to one file; `probtensor.load` reads it, without the data, and predicts the same bits.
+
+        Parameters
+        ----------
+        path : path-like
+        """
+        check_is_fitted(self, "axes_")
+        arrays, meta = self.to_state()
+        shell = {
+            "axes": [axis.to_state() for axis in self.axes_],
+            "y_mean": self.y_mean_.hex(),
+            "y_scale": self.y_scale_.hex(),
+            "dtype": self.dtype_.name,
+        }
+        write_state(path, f"{type(self).__module__}.{type(self).__qualname__}", arrays, {"shell": shell, **meta})
+
+    @classmethod
+    def from_state(cls, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Self:
+        """Fitted estimator from what `save` wrote; use `probtensor.load`."""
+        params = dict(meta["params"])
+        if params.get("axes") is not None:
+            params["axes"] = [axis_from_state(state) for state in params["axes"]]
+        model = cls(**params)
+        shell = meta["shell"]
+        model.axes_ = tuple(axis_from_state(state) for state in shell["axes"])
+        model.n_features_in_ = len(model.axes_)
+        model.feature_names_in_ = np.array([axis.name for axis in model.axes_], dtype=object)
+        model.y_mean_, model.y_scale_ = float.fromhex(shell["y_mean"]), float.fromhex(shell["y_scale"])
+        model.dtype_ = np.dtype(shell["dtype"])
+        model._restore(arrays, meta)
+        return model
+
+    @abstractmethod
+    def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the model itself writes: arrays and JSON values, among these ``params``."""
+
+    @abstractmethod
+    def _restore(self, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Set the fitted attributes from what `to_state` gave."""
+
+    @abstractmethod
+    def _fit(self, positions: Tensor, values: Tensor, comm: Comm) -> None:
+        """Fit to positions (n, K) in the axes and standardised values (n,)."""
+
+    @abstractmethod
+    def _latent(self, encoded: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and variance (n,) of the standardised noise-free entries at encoded coordinates, (n,) a mode."""
+
+    @abstractmethod
+    def _latent_samples(self, encoded: list[Tensor], n_samples: int, generator: torch.Generator) -> Tensor:
+        """Joint draws (n_samples, n) of the standardised noise-free entries."""
+
+    @abstractmethod
+    def _noise_variance(self) -> float:
+        """Variance of the noise of standardised values."""
+
+    def _params_state(self) -> dict[str, Any]:
+        """Constructor parameters as JSON values."""
+        params = self.get_params(deep=False)
+        if params["axes"] is not None:
+            params["axes"] = [axis.to_state() for axis in params["axes"]]
+        if not isinstance(params["random_state"], int):
+            params["random_state"] = None
+        return json.loads(json.dumps(params))  # type: ignore[no-any-return]
+
+    def _axis(self, name: str) -> int:
+        names = [axis.name for axis in self.axes_]
+        if name not in names:
+            raise ValueError(f"name: expected one of {names}, got {name!r}")
+        return names.index(name)
+
+    def _columns(self, X: Any) -> pd.DataFrame:
+        check_is_fitted(self, "axes_")
+        table = as_table(X)
+        names = [axis.name for axis in self.axes_]
+        missing = [name for name in names if name not in table.columns]
+        if missing or (len(table.columns) != len(names)):
+            raise ValueError(f"X: expected the columns {names}, got {list(table.columns)}")
+        return table[names]
+
+    def _encode(self, X: Any) -> list[Tensor]:
+        table = self._columns(X)
+        encoded = [axis.encode(table[axis.name]) for axis in self.axes_]
+        for axis, codes in zip(self.axes_, encoded, strict=True):
+            if isinstance(axis, CategoricalAxis) and (codes < 0).any():
+                labels = pd.unique(table[axis.name][codes < 0])
+                shown = ", ".join(repr(x) for x in labels[:5].tolist()) + (", …" if len(labels) > 5 else "")
+                warnings.warn(
+                    f"{(codes < 0).sum()} rows have labels of {axis.name!r} that were not seen in training ({shown}): "
+                    "they get the prior and a wide interval; unknown(X) tells which",
+                    UnknownLabelWarning,
+                    stacklevel=4,
+                )
+        device = resolve_device(self.device)
+        return [torch.as_tensor(np.array(codes), device=device) for codes in encoded]
+
+    @torch.no_grad()
+    def _moments(self, X: Any) -> tuple[FloatArray, FloatArray]:
+        mean, variance = self._latent(self._encode(X))
+        std = (variance + self._noise_variance()).sqrt() * self.y_scale_
+        return self._to_user(mean), std.cpu().numpy()
+
+    def _to_user(self, standardised: Tensor) -> FloatArray:
+        return (standardised * self.y_scale_ + self.y_mean_).cpu().numpy()
+
+
+def make_generator(random_state: RandomState, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator from a seed, or from one integer drawn from a NumPy generator; no global generator is touched.
+
+    Parameters
+    ----------
+    random_state : int, numpy.random.Generator, numpy.random.RandomState or None
+        None takes the seed from the operating system.
+    device : torch.device or str
+
+    Raises
+    ------
+    ValueError
+        For another type or a negative seed.
+    """
+    match random_state:
+        case None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        case int() | np.integer() if random_state >= 0:
+            seed = int(random_state)
+        case np.random.Generator():
+            seed = int(random_state.integers(2**31))
+        case np.random.RandomState():
+            seed = int(random_state.randint(2**31))
+        case _:
+            raise ValueError(f"random_state: expected None, an integer >= 0 or a NumPy generator, got {random_state!r}")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _agreed_axes(table: pd.DataFrame, axes: Sequence[Axis] | None, comm: Comm) -> tuple[Axis, ...]:
+    """Fitted axes that hold what any rank of several has seen."""
+    resolved = resolve_axes(table, axes)
+    own = tuple(
+        axis if axis.is_fitted else axis.fit(table[name]) for axis, name in zip(resolved, table.columns, strict=True)
+    )
+    states = comm.gather_bytes(json.dumps([axis.to_state() for axis in own]).encode())
+    ranks = [[axis_from_state(state) for state in json.loads(data)] for data in states]
+    agreed = list(ranks[0])
+    for other in ranks[1:]:
+        agreed = [a.union(b) for a, b in zip(agreed, other, strict=True)]
+    return tuple(agreed)
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)

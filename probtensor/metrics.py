@@ -1,0 +1,269 @@
+"""Scores of predictions and of factors: plain numpy, missing cells left out.
+
+Every score takes the observed values ``y`` first. A cell counts when it is observed: where ``y`` is not NaN and, if
+a ``mask`` is given, where the mask is True. What the model says about the other cells never enters a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
+from scipy.special import ndtr
+
+__all__ = ["coverage", "crps_gaussian", "factor_match_score", "relative_error", "rmse"]
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def rmse(y: npt.ArrayLike, mean: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> float:
+    """Root mean squared error over the observed cells.
+
+    Parameters
+    ----------
+    y : array of float, any shape
+        Observed values; NaN marks a missing cell.
+    mean : array of float, the shape of `y`
+        Predictions.
+    mask : array of bool, the shape of `y`, optional
+        True where the cell counts. By default every cell that is not NaN.
+
+    Returns
+    -------
+    float
+        The error in the unit of `y`.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, no cell is observed, or a prediction of an observed cell is not finite.
+
+    Examples
+    --------
+    >>> rmse([1.0, 2.0, float("nan")], [1.0, 4.0, 100.0])
+    1.4142135623730951
+    """
+    observed, predicted = _observed(y, mask, mean=mean)
+    return float(np.sqrt(np.mean((observed - predicted) ** 2)))
+
+
+def relative_error(y: npt.ArrayLike, mean: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> float:
+    """Norm of the residual divided by the norm of the data, both over the observed cells only.
+
+    Parameters
+    ----------
+    y : array of float, any shape
+        Observed values; NaN marks a missing cell.
+    mean : array of float, the shape of `y`
+        Predictions or reconstruction.
+    mask : array of bool, the shape of `y`, optional
+        True where the cell counts. By default every cell that is not NaN.
+
+    Returns
+    -------
+    float
+        Zero for a perfect reconstruction, one for a reconstruction by zeros.
+
+    Raises
+    ------
+    ValueError
+        As :func:`rmse`, and if all observed values are zero.
+
+    Examples
+    --------
+    The third cell is missing, so the model's value there is of no account:
+
+    >>> relative_error([3.0, 4.0, float("nan")], [3.0, 0.0, 1e3])
+    0.8
+    """
+    observed, predicted = _observed(y, mask, mean=mean)
+    norm = float(np.linalg.norm(observed))
+    if norm == 0.0:
+        raise ValueError("y: expected an observed value other than zero for a relative error, got zeros only")
+    return float(np.linalg.norm(observed - predicted)) / norm
+
+
+def coverage(y: npt.ArrayLike, lower: npt.ArrayLike, upper: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> float:
+    """Share of the observed values that lie inside their interval (ends included).
+
+    Parameters
+    ----------
+    y : array of float, any shape
+        Observed values; NaN marks a missing cell.
+    lower, upper : array of float, the shape of `y`
+        Ends of the intervals.
+    mask : array of bool, the shape of `y`, optional
+        True where the cell counts. By default every cell that is not NaN.
+
+    Returns
+    -------
+    float
+        Between 0 and 1; near the nominal level for a calibrated model.
+
+    Raises
+    ------
+    ValueError
+        As :func:`rmse`, and if a lower end lies above its upper end.
+
+    Examples
+    --------
+    >>> coverage([0.0, 1.0, 5.0, float("nan")], [-1.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 1.0])
+    0.6666666666666666
+    """
+    observed, low, high = _observed(y, mask, lower=lower, upper=upper)
+    crossed = int(np.count_nonzero(low > high))
+    if crossed:
+        raise ValueError(f"lower: expected at most upper, got more at {crossed} of {low.size} observed cells")
+    return float(np.mean((low <= observed) & (observed <= high)))
+
+
+def crps_gaussian(
+    y: npt.ArrayLike, mean: npt.ArrayLike, std: npt.ArrayLike, mask: npt.ArrayLike | None = None
+) -> float:
+    """Mean continuous ranked probability score of Gaussian predictions (smaller is better).
+
+    With ``z = (y - mean) / std`` the score of one cell is
+    ``std * (z * (2 * Phi(z) - 1) + 2 * phi(z) - 1 / sqrt(pi))``. It has the unit of `y`, and for ``std = 0`` it is
+    the absolute error.
+
+    Parameters
+    ----------
+    y : array of float, any shape
+        Observed values; NaN marks a missing cell.
+    mean, std : array of float, the shape of `y`
+        Moments of the predictions, ``std >= 0``.
+    mask : array of bool, the shape of `y`, optional
+        True where the cell counts. By default every cell that is not NaN.
+
+    Returns
+    -------
+    float
+        The mean score over the observed cells.
+
+    Raises
+    ------
+    ValueError
+        As :func:`rmse`, and if a standard deviation is negative.
+
+    References
+    ----------
+    Gneiting and Raftery (2007), Strictly Proper Scoring Rules, Prediction, and Estimation, equation 21.
+
+    Examples
+    --------
+    >>> round(crps_gaussian([0.0], [0.0], [1.0]), 6)
+    0.233695
+    >>> crps_gaussian([3.0], [1.0], [0.0])
+    2.0
+    """
+    observed, centre, scale = _observed(y, mask, mean=mean, std=std)
+    if np.any(scale < 0.0):
+        raise ValueError(f"std: expected at least 0 at every observed cell, got {scale.min():g}")
+    error = observed - centre
+    certain = scale == 0.0
+    z = error / np.where(certain, 1.0, scale)
+    density = np.exp(-0.5 * z**2) / np.sqrt(2.0 * np.pi)
+    score = scale * (z * (2.0 * ndtr(z) - 1.0) + 2.0 * density - 1.0 / np.sqrt(np.pi))
+    return float(np.mean(np.where(certain, np.abs(error), score)))
+
+
+def factor_match_score(
+    factors_a: Sequence[npt.ArrayLike], factors_b: Sequence[npt.ArrayLike]
+) -> tuple[float, npt.NDArray[np.intp]]:
+    """Similarity of two CP models, whatever the order, signs and scales of their components.
+
+    The similarity of two components is the product over the modes of the absolute cosine between their columns. The
+    components are paired so that the sum of similarities is greatest, and the score is the mean over the pairs.
+
+    Parameters
+    ----------
+    factors_a, factors_b : sequence of arrays (n_k, R)
+        One factor matrix a mode; sizes and rank R agree between the two models. A component with a zero column in
+        any mode adds nothing to its tensor: two such components are alike, and unlike every other one.
+
+    Returns
+    -------
+    score : float
+        Between 0 and 1; 1 when the components are the same up to order, sign and scale.
+    permutation : array (R,) of int
+        ``factors_b[k][:, permutation]`` lines up with ``factors_a[k]``.
+
+    Raises
+    ------
+    ValueError
+        If the lists are empty or differ in length, sizes or rank, or hold a value that is not finite.
+
+    Examples
+    --------
+    >>> a = [np.eye(3), np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])]
+    >>> order = [1, 2, 0]
+    >>> score, permutation = factor_match_score(a, [-2.0 * f[:, order] for f in a])
+    >>> round(score, 12), permutation.tolist()
+    (1.0, [2, 0, 1])
+    """
+    a = [_factor("factors_a", mode, factor) for mode, factor in enumerate(factors_a)]
+    b = [_factor("factors_b", mode, factor) for mode, factor in enumerate(factors_b)]
+    shapes_a, shapes_b = [f.shape for f in a], [f.shape for f in b]
+    if not a or len({shape[1] for shape in shapes_a}) != 1:
+        raise ValueError(f"factors_a: expected matrices with one number of columns (at least 1), got shapes {shapes_a}")
+    if shapes_a != shapes_b:
+        raise ValueError(f"factors_b: expected the shapes of factors_a, {shapes_a}, got {shapes_b}")
+
+    unit_a, unit_b = [_unit_columns(f) for f in a], [_unit_columns(f) for f in b]
+    rank = shapes_a[0][1]
+    similarity = np.ones((rank, rank))
+    for u, v in zip(unit_a, unit_b, strict=True):
+        similarity *= np.abs(u.T @ v)
+    null_a, null_b = (np.any([~np.any(f, axis=0) for f in units], axis=0) for units in (unit_a, unit_b))
+    similarity[np.ix_(null_a, null_b)] = 1.0
+    _, permutation = linear_sum_assignment(similarity, maximize=True)
+    score = float(np.mean(np.minimum(similarity[np.arange(rank), permutation], 1.0)))
+    return score, np.asarray(permutation, dtype=np.intp)
+
+
+def _factor(argument: str, mode: int, factor: npt.ArrayLike) -> FloatArray:
+    """Return one factor matrix as float64, checked."""
+    matrix = np.asarray(factor, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise ValueError(f"{argument}[{mode}]: expected a matrix (n_k, R) with entries, got shape {matrix.shape}")
+    if not np.all(np.isfinite(matrix)):
+        raise ValueError(f"{argument}[{mode}]: expected finite numbers, got NaN or infinity")
+    return matrix
+
+
+def _unit_columns(factor: FloatArray) -> FloatArray:
+    """Scale columns to length one; zero columns stay zero, tiny and huge ones keep their angle."""
+    largest = np.max(np.abs(factor), axis=0)
+    scaled = factor / np.where(largest == 0.0, 1.0, largest)
+    unit: FloatArray = scaled / np.maximum(np.linalg.norm(scaled, axis=0), 1.0)
+    return unit
+
+
+def _observed(y: npt.ArrayLike, mask: npt.ArrayLike | None, **predictions: npt.ArrayLike) -> tuple[FloatArray, ...]:
+    """Return the observed cells of `y` and of every prediction, flat and checked."""
+    values = np.asarray(y, dtype=np.float64)
+    seen: npt.NDArray[Any] = ~np.isnan(values)
+    if mask is not None:
+        chosen = np.asarray(mask)
+        if chosen.dtype != np.bool_ or chosen.shape != values.shape:
+            raise ValueError(
+                f"mask: expected bool of the shape of y, {values.shape}, got {chosen.dtype} of shape {chosen.shape}"
+            )
+        seen &= chosen
+    if not np.any(seen):
+        raise ValueError(f"y: expected at least one observed cell, got none among {values.size}")
+    flat = [values[seen]]
+    if not np.all(np.isfinite(flat[0])):
+        raise ValueError("y: expected finite values where it is observed, got infinity")
+    for name, prediction in predictions.items():
+        array = np.asarray(prediction, dtype=np.float64)
+        if array.shape != values.shape:
+            raise ValueError(f"{name}: expected the shape of y, {values.shape}, got {array.shape}")
+        kept = array[seen]
+        if np.any(np.isnan(kept)) or (name in ("mean", "std") and np.any(np.isinf(kept))):
+            raise ValueError(f"{name}: expected finite numbers at every observed cell, got NaN or infinity")
+        flat.append(kept)
+    return tuple(flat)

@@ -1,0 +1,299 @@
+"""Pictures of a fitted model: latent functions, predictions against observations, the bound.
+
+Each function draws on the matplotlib axes it is given, or on a new figure, and returns what it drew on. Colours are
+those of Okabe and Ito, which readers with any colour vision can tell apart; matplotlib's settings are left alone, and
+matplotlib itself is imported on the first call only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.special import ndtri
+
+from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_bound", "plot_factors", "plot_predictions"]
+
+# Okabe and Ito (2008), ordered so that neighbours differ in lightness too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", "-.", ":")
+INK, FAINT = "#222222", "#8A8A8A"
+MAX_LABELS = 30
+LABEL_SIZE, TICK_SIZE = 12, 10.5
+
+
+def plot_factors(
+    model: Any,
+    modes: Sequence[str] | None = None,
+    *,
+    max_components: int = 5,
+    n_grid: int = 200,
+    axes: Sequence[Axes] | npt.NDArray[Any] | None = None,
+) -> npt.NDArray[Any]:
+    """Draw the latent functions of a model, one panel a mode.
+
+    A continuous mode shows lines over a fine grid, with bands of two standard deviations and a tick at every observed
+    coordinate; a categorical mode shows one point a label, with bars of two standard deviations.
+
+    Parameters
+    ----------
+    model : fitted estimator
+        With ``axes_``, ``form`` and ``factor(name, at)``.
+    modes : sequence of str, optional
+        Names of the modes to draw. By default all of them.
+    max_components : int, default 5
+        Only that many components are drawn, those with the largest means: in each mode on its own, or by the product
+        over the modes, thus the same in all panels, if ``model.form`` is "cp". Legends count all components from 1.
+    n_grid : int, default 200
+        Grid points of a continuous mode; the observed coordinates are added to them.
+    axes : sequence of matplotlib Axes, optional
+        One for each mode. By default a new figure.
+
+    Returns
+    -------
+    array of matplotlib Axes, one for each mode
+
+    Raises
+    ------
+    ValueError
+        If a mode is unknown, the number of axes differs from that of the modes, or a count is below 1.
+    """
+    by_name = {str(axis.name): axis for axis in model.axes_}
+    chosen = list(by_name) if modes is None else list(modes)
+    if not chosen or not set(chosen) <= set(by_name):
+        raise ValueError(f"modes: expected names among {list(by_name)}, got {chosen}")
+    for argument, count in (("max_components", max_components), ("n_grid", n_grid)):
+        if count < 1:
+            raise ValueError(f"{argument}: expected at least 1, got {count}")
+    panels = _new_panels([by_name[name] for name in chosen]) if axes is None else np.asarray(axes, dtype=object).ravel()
+    if len(panels) != len(chosen):
+        raise ValueError(f"axes: expected one for each of the modes {chosen}, got {len(panels)}")
+    sizes = {name: _sizes(model.factor(name, at=axis.distinct)[0]) for name, axis in by_name.items()}
+    if model.form == "cp":
+        sizes = dict.fromkeys(sizes, np.prod(list(sizes.values()), axis=0))
+    for ax, name in zip(panels, chosen, strict=True):
+        axis = by_name[name]
+        shown = sorted(int(component) for component in np.argsort(-sizes[name], kind="stable")[:max_components])
+        if isinstance(axis, ContinuousAxis):
+            _draw_functions(ax, model, axis, shown, n_grid)
+        elif isinstance(axis, CategoricalAxis):
+            _draw_labels(ax, model, axis, shown)
+    return panels
+
+
+def plot_predictions(
+    y: npt.ArrayLike,
+    mean: npt.ArrayLike,
+    std: npt.ArrayLike | None = None,
+    *,
+    level: float = 0.9,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw predicted against observed values, with intervals, and the diagonal where they agree.
+
+    Parameters
+    ----------
+    y : array (n,) of float
+        Observed values; NaN is left out.
+    mean : array (n,) of float
+        Predictions.
+    std : array (n,) of float, optional
+        Their standard deviations. With them each point has the Gaussian interval of probability `level`, and
+        observations outside of it are drawn in another colour and marker.
+    level : float, default 0.9
+        Probability of the intervals, between 0 and 1.
+    ax : matplotlib Axes, optional
+        Where to draw. By default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, nothing is observed, or `level` is not between 0 and 1.
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level!r}")
+    observed, centre = np.asarray(y, dtype=np.float64).ravel(), np.asarray(mean, dtype=np.float64).ravel()
+    spread = np.zeros_like(centre) if std is None else np.asarray(std, dtype=np.float64).ravel()
+    for name, array in (("mean", centre), ("std", spread)):
+        if array.shape != observed.shape:
+            raise ValueError(f"{name}: expected the {len(observed)} values of y, got {len(array)}")
+    seen = ~np.isnan(observed)
+    if not seen.any():
+        raise ValueError(f"y: expected at least one observed value, got none among {len(observed)}")
+    observed, centre, reach = observed[seen], centre[seen], spread[seen] * ndtri(0.5 + level / 2)
+
+    ax = _pyplot().subplots(figsize=(4.8, 4.6), layout="constrained")[1] if ax is None else ax
+    outside = (np.abs(observed - centre) > reach) if std is not None else np.zeros(len(observed), dtype=bool)
+    ends = (float(min(observed.min(), centre.min())), float(max(observed.max(), centre.max())))
+    margin = 0.04 * (ends[1] - ends[0]) or 1.0
+    limits = (ends[0] - margin, ends[1] + margin)
+    ax.plot(limits, limits, color=INK, linewidth=1.2, zorder=3)
+    percent = f"{100 * level:g} % interval"
+    crowd = float(np.clip(40.0 / np.sqrt(len(observed)), 1.0, 5.0))
+    for group, colour, marker, words in (
+        (~outside, COLOURS[0], "o", f"inside its {percent}" if std is not None else None),
+        (outside, COLOURS[1], "D", f"outside its {percent}"),
+    ):
+        if group.any():
+            label = None if words is None else f"{words} ({100 * group.mean():.0f} %)"
+            if std is not None:
+                ax.vlines(
+                    observed[group], (centre - reach)[group], (centre + reach)[group], colors=colour, lw=0.7, alpha=0.3
+                )
+            ax.scatter(
+                observed[group], centre[group], s=4.0 * crowd, c=colour, marker=marker, linewidths=0, alpha=0.85,
+                label=label, zorder=4,
+            )  # fmt: skip
+    ax.set(xlim=limits, ylim=limits, aspect="equal")
+    _dress(ax, "observed", "predicted")
+    if std is not None:
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TICK_SIZE, markerscale=1.8)
+    return ax
+
+
+def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
+    """Draw the bound over the iterations.
+
+    Parameters
+    ----------
+    model : fitted estimator
+        With ``bound_history_`` and ``converged_``.
+    ax : matplotlib Axes, optional
+        Where to draw. By default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+
+    Raises
+    ------
+    ValueError
+        If the history is empty.
+    """
+    bound = np.asarray(model.bound_history_, dtype=np.float64)
+    if bound.size == 0:
+        raise ValueError("model: expected a bound_history_ with at least one value, got an empty one")
+    ax = _pyplot().subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
+    iterations = np.arange(1, bound.size + 1)
+    ax.plot(iterations, bound, color=COLOURS[0], linewidth=1.8, marker="o", markersize=4 if bound.size <= 40 else 0)
+    state = "converged" if model.converged_ else "not converged"
+    ax.set_title(f"{bound[-1]:,.1f} after {bound.size} iterations, {state}", fontsize=LABEL_SIZE, color=INK, loc="left")
+    ax.locator_params(axis="x", integer=True)
+    _dress(ax, "iteration", "bound on the log evidence")
+    return ax
+
+
+def _draw_functions(ax: Axes, model: Any, axis: ContinuousAxis, shown: Sequence[int], n_grid: int) -> None:
+    """Draw one continuous mode."""
+    coordinates = axis.coordinates
+    grid = np.unique(np.concatenate([np.linspace(coordinates[0], coordinates[-1], n_grid), coordinates]))
+    mean, std = model.factor(str(axis.name), at=axis.decode(grid))
+    x, ticks = _abscissa(axis, grid), _abscissa(axis, coordinates)
+    for component in shown:
+        colour = COLOURS[component % len(COLOURS)]
+        line, centre, reach = LINES[component // len(COLOURS) % len(LINES)], mean[:, component], 2.0 * std[:, component]
+        ax.fill_between(x, centre - reach, centre + reach, color=colour, alpha=0.16, linewidth=0)
+        ax.plot(x, centre, line, color=colour, linewidth=2.0, label=str(component + 1))
+    ax.plot(ticks, np.full(len(ticks), 0.018), "|", color=INK, markersize=7, transform=ax.get_xaxis_transform())
+    if np.issubdtype(np.asarray(x).dtype, np.datetime64):
+        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+        locator: Any = AutoDateLocator(maxticks=6)  # type: ignore[no-untyped-call]
+        ax.xaxis.set_major_locator(locator)
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
+    ax.axhline(0.0, color=FAINT, linewidth=0.8, zorder=0)
+    _dress(ax, f"{axis.name}{' (days)' * isinstance(axis.distinct, pd.TimedeltaIndex)}", "latent function")
+    _legend(ax)
+
+
+def _draw_labels(ax: Axes, model: Any, axis: CategoricalAxis, shown: Sequence[int]) -> None:
+    """Draw one categorical mode, labels from top to bottom."""
+    labels = axis.labels
+    mean, std = model.factor(str(axis.name), at=labels)
+    offsets = (np.arange(len(shown)) - (len(shown) - 1) / 2) * 0.66 / max(len(shown), 1)
+    heights = np.arange(len(labels))
+    many, step = len(labels) > MAX_LABELS, -(-len(labels) // MAX_LABELS)
+    for component, offset in zip(shown, offsets, strict=True):
+        ax.errorbar(
+            mean[:, component], heights + offset, xerr=2.0 * std[:, component], fmt="o" if component < 6 else "D",
+            color=COLOURS[component % len(COLOURS)], markersize=2.5 if many else 4.5, elinewidth=0.7 if many else 1.3,
+            label=str(component + 1),
+        )  # fmt: skip
+    ax.set_yticks(heights[::step], [str(label) for label in labels[::step]])
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    if not many:
+        ax.hlines(heights[:-1] + 0.5, 0.0, 1.0, colors="#E6E6E6", lw=0.8, transform=ax.get_yaxis_transform(), zorder=0)
+    ax.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
+    _dress(ax, "latent value", str(axis.name))
+    ax.tick_params(axis="y", length=0)
+    _legend(ax)
+
+
+def _sizes(mean: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the root mean square of each component, (R,)."""
+    size: npt.NDArray[np.float64] = np.sqrt(np.mean(np.asarray(mean, dtype=np.float64) ** 2, axis=0))
+    return size
+
+
+def _abscissa(axis: ContinuousAxis, encoded: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+    """Return coordinates as matplotlib can draw them: datetimes on the user's clock, everything else as numbers."""
+    if not isinstance(axis.distinct, pd.DatetimeIndex):
+        return encoded
+    return np.asarray(pd.DatetimeIndex(axis.decode(encoded)).tz_localize(None))
+
+
+def _dress(ax: Axes, x: str, y: str) -> None:
+    """Give an axes the look that all pictures share."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(FAINT)
+    ax.tick_params(labelsize=TICK_SIZE, color=FAINT, labelcolor=INK)
+    ax.set_xlabel(x, fontsize=LABEL_SIZE, color=INK)
+    ax.set_ylabel(y, fontsize=LABEL_SIZE, color=INK)
+
+
+def _legend(ax: Axes) -> None:
+    """Put the numbers of the components above the panel, in one row, without its error bars."""
+    handles, labels = ax.get_legend_handles_labels()
+    handles = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
+    ax.legend(
+        handles, labels, title="component", loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=min(len(labels), 5),
+        frameon=False, fontsize=TICK_SIZE, title_fontsize=TICK_SIZE, handlelength=1.3, handletextpad=0.4,
+        columnspacing=1.0, borderpad=0.2, alignment="left",
+    )  # fmt: skip
+
+
+def _new_panels(modes: Sequence[Axis]) -> npt.NDArray[Any]:
+    """Return the axes of a new figure, one a mode, at most four in a row; tall where there are many labels."""
+    columns = min(len(modes), 4)
+    rows = -(-len(modes) // columns)
+    n_labels = max((min(axis.size, MAX_LABELS) for axis in modes if isinstance(axis, CategoricalAxis)), default=0)
+    height = float(np.clip(0.36 * n_labels + 1.2, 3.6, 7.0))
+    figure = _pyplot().figure(figsize=(3.9 * columns, height * rows), layout="constrained")
+    panels = np.asarray(figure.subplots(rows, columns, squeeze=False), dtype=object).ravel()
+    for spare in panels[len(modes) :]:
+        spare.remove()
+    return panels[: len(modes)]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("matplotlib"):
+            raise
+        raise ModuleNotFoundError(
+            "plots need matplotlib: pip install 'probtensor[plots]'", name="matplotlib"
+        ) from error
+    return plt

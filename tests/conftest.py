@@ -1,0 +1,83 @@
+"""What all tests share: headless plots, and starting a program on several MPI ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+class RunMpi(Protocol):
+    def __call__(
+        self, program: str, n: int, *args: object, timeout: float = 60.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def run_mpi() -> RunMpi:
+    """Run ``tests/mpi_programs/<program>`` on n ranks of one thread each, with this interpreter.
+
+    Fails the test with the program's stderr when it ends non-zero (unless ``check=False``) or outlives its timeout.
+    """
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.exists():
+        pytest.skip(f"no mpiexec beside {sys.executable}: install the extra 'mpi'")
+
+    def run(
+        program: str, n: int, *args: object, timeout: float = 60.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        path = TESTS / "mpi_programs" / program
+        command = [str(mpiexec), "-n", str(n), sys.executable, "-W", "error", str(path), *map(str, args)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        # A session of its own: when time is up, mpiexec and its ranks all go.
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            _end_tree(process.pid)
+            out, err = process.communicate()
+            pytest.fail(f"{program} on {n} ranks ran past {timeout} s\nstdout:\n{out}\nstderr:\n{err}")
+        if check and process.returncode != 0:
+            pytest.fail(f"{program} on {n} ranks: status {process.returncode}\nstdout:\n{out}\nstderr:\n{err}")
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return run
+
+
+def _end_tree(pid: int) -> None:
+    """Kill a process and its descendants, which may sit in process groups of their own."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue

@@ -1,0 +1,121 @@
+"""Compare every collective with the answer computed serially, on any number of ranks.
+
+Each rank can compute what the others hold, so the expected values need no communication.
+"""
+
+import sys
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+import probtensor.comm as comm_module
+from probtensor.comm import Mpi, Serial, abort_on_error, world
+
+SHAPES = [(), (1,), (0,), (2, 0, 3), (7,), (3, 5), (1001,), (2, 3, 4)]
+
+
+def held_by(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 + rank)
+    if dtype == torch.int64:
+        return torch.randint(-(2**60), 2**60, shape, generator=generator)
+    magnitude = 10.0 ** torch.randint(-8, 8, shape, generator=generator)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * magnitude).to(dtype)
+
+
+def check_sum(comm: Mpi, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    mine = held_by(comm.rank, shape, dtype)
+    before = mine.clone()
+    total = comm.sum(mine)
+    expected = held_by(0, shape, dtype)
+    for rank in range(1, comm.size):
+        expected = expected + held_by(rank, shape, dtype)
+    assert total.dtype == dtype
+    assert total.shape == mine.shape
+    assert torch.equal(mine, before)
+    assert total.data_ptr() != mine.data_ptr() or mine.numel() == 0
+    assert torch.equal(total, expected), (shape, dtype, total, expected)
+    bits = comm.gather_bytes(total.numpy().tobytes())
+    assert len(set(bits)) == 1, f"the ranks disagree on the sum of {shape} {dtype}"
+
+
+def check_broadcast(comm: Mpi, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for root in range(comm.size):
+        mine = held_by(comm.rank, shape, dtype)
+        before = mine.clone()
+        assert torch.equal(comm.broadcast(mine, root), held_by(root, shape, dtype))
+        assert torch.equal(mine, before)
+
+
+def check_gather_bytes(comm: Mpi) -> None:
+    for lengths in (
+        [0] * comm.size,
+        [3 * rank for rank in range(comm.size)],
+        [1000 - rank for rank in range(comm.size)],
+    ):
+        expected = [bytes((rank + i) % 256 for i in range(length)) for rank, length in enumerate(lengths)]
+        assert comm.gather_bytes(expected[comm.rank]) == expected
+
+
+def check_strided_and_differentiable(comm: Mpi) -> None:
+    strided = held_by(comm.rank, (3, 4), torch.float64).T
+    assert torch.equal(comm.sum(strided), comm.sum(strided.contiguous()))
+    assert torch.equal(comm.broadcast(strided), held_by(0, (3, 4), torch.float64).T)
+    leaf = torch.ones(3, requires_grad=True)
+    assert not comm.sum(leaf).requires_grad
+
+
+def check_refusals(comm: Mpi) -> None:
+    def message(call: object, *args: object) -> str:
+        try:
+            call(*args)  # type: ignore[operator]
+        except ValueError as error:
+            return str(error)
+        raise AssertionError(f"{call} accepted {args}")
+
+    assert "torch.float16" in message(comm.sum, torch.zeros(2, dtype=torch.float16))
+    assert f"got {comm.size}" in message(comm.broadcast, torch.zeros(2), comm.size)
+    if comm.size > 1:
+        text = message(comm.sum, torch.zeros(2 + (comm.rank == comm.size - 1)))
+        assert "rank 0: sum of torch.float32 (2,)" in text
+        assert f"rank {comm.size - 1}: sum of torch.float32 (3,)" in text
+        text = message(comm.sum if comm.is_root else comm.broadcast, torch.zeros(2))
+        assert "rank 1: broadcast" in text
+        text = message(comm.sum, torch.zeros(2, dtype=torch.float64 if comm.is_root else torch.float16))
+        assert "rank 1: sum of torch.float16" in text
+        text = message(comm.broadcast, torch.zeros(2), comm.rank)
+        assert "rank 1: broadcast from 1" in text
+
+
+def main() -> None:
+    world_comm = world()
+    size = MPI.COMM_WORLD.Get_size()
+    assert isinstance(world_comm, Serial if size == 1 else Mpi)
+    comm = Mpi()
+    assert (comm.rank, comm.size) == (MPI.COMM_WORLD.Get_rank(), size)
+    assert comm.is_root == (comm.rank == 0)
+    with abort_on_error(comm):
+        for chunk in (2**29, 1000, 1):
+            comm_module._CHUNK_BYTES = chunk
+            for shape in SHAPES if chunk > 1 else SHAPES[:5]:
+                for dtype in (torch.float64, torch.float32, torch.int64):
+                    check_sum(comm, shape, dtype)
+                    check_broadcast(comm, shape, dtype)
+            check_gather_bytes(comm)
+        comm_module._CHUNK_BYTES = 2**29
+        for dtype in (torch.bool, torch.float16, torch.complex128):
+            mine = torch.full((5,), comm.rank + 1).to(dtype)
+            assert torch.equal(comm.broadcast(mine, size - 1), torch.full((5,), size).to(dtype))
+        check_strided_and_differentiable(comm)
+        check_refusals(comm)
+        for _ in range(20):
+            comm.barrier(timeout=30.0)
+        everyone = comm.gather_bytes(np.int64(comm.rank).tobytes())
+        assert [int(np.frombuffer(b, np.int64)[0]) for b in everyone] == list(range(size))
+    if comm.is_root:
+        print(f"ok on {size}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
