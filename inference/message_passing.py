@@ -23,6 +23,7 @@ StateT = TypeVar("StateT")
 RowsT = TypeVar("RowsT", contravariant=True)
 BlockT = TypeVar("BlockT")
 
+SCREENING = 10  # sweeps that each of several starts gets before the best goes on
 PATIENCE = 2  # sweeps over which the bound's change is judged: one with and one without a step of the hyperparameters
 SHOW_AFTER = 1.0  # seconds before a progress bar appears
 
@@ -39,8 +40,8 @@ class MessagePassingModel(Protocol[StateT, RowsT, BlockT]):
         """Sums over rows for the start."""
         ...
 
-    def start(self, statistics: Tensor, generator: torch.Generator) -> StateT:
-        """The first state."""
+    def start(self, statistics: Tensor, generator: torch.Generator, trial: int) -> StateT:
+        """The first state of a trial."""
         ...
 
     def local_statistics(self, state: StateT, block: BlockT, rows: RowsT) -> Tensor:
@@ -92,6 +93,7 @@ def run(
     max_iter: int,
     tol: float,
     scale: float,
+    n_init: int = 1,
     min_iter: int = 0,
     progress: bool = True,
 ) -> Result[StateT]:
@@ -112,6 +114,8 @@ def run(
         Stop when the bound changes by less than ``tol * max(abs(bound), scale)`` over two sweeps.
     scale : float
         Size below which a bound counts as zero: the number of rows.
+    n_init : int, default 1
+        Starts; the one with the highest bound after `SCREENING` sweeps goes on.
     min_iter : int, default 0
         Sweeps at least.
     progress : bool, default True
@@ -124,32 +128,43 @@ def run(
     Raises
     ------
     FloatingPointError
-        If the bound is not finite.
+        If a bound is not finite.
 
     Warns
     -----
     ConvergenceWarning
         If `max_iter` is reached.
     """
-    state = model.start(comm.sum(model.local_start(rows)), generator)
-    history: list[float] = []
-    with tqdm(total=max_iter, desc="sweeps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
-        for sweep in range(max_iter):
+    statistics = comm.sum(model.local_start(rows))
+    screening = min(SCREENING, max_iter) if n_init > 1 else 0
+    total = n_init * screening + max_iter - screening
+    with tqdm(total=total, desc="sweeps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
+
+        def sweep(state: StateT, history: list[float]) -> StateT:
             for block in model.blocks:
                 state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
             state = model.end_sweep(state)
-            history.append(float(model.bound(state)))
-            if not math.isfinite(history[-1]):
-                raise FloatingPointError(
-                    f"the bound is {history[-1]} after sweep {sweep + 1}; try damping=0.5 or look for extreme values"
-                )
+            history.append(_finite(float(model.bound(state)), len(history) + 1))
             bar.update()
             bar.set_postfix(bound=f"{history[-1]:.6g}", refresh=False)
-            if sweep + 1 >= max(min_iter, PATIENCE + 1):
-                change = abs(history[-1] - history[-1 - PATIENCE])
-                if change <= tol * max(abs(history[-1]), scale):
-                    reason = f"the bound changed by less than tol={tol:g} (relative) over {PATIENCE} sweeps"
-                    return Result(state, history, sweep + 1, True, reason)
+            return state
+
+        best: tuple[StateT, list[float]] | None = None
+        for trial in range(n_init):
+            state, history = model.start(statistics, generator, trial), list[float]()
+            for _ in range(screening):
+                state = sweep(state, history)
+            if best is None or history[-1] > best[1][-1]:
+                best = state, history
+        assert best is not None  # n_init >= 1
+        state, history = best
+        while len(history) < max_iter:
+            state = sweep(state, history)
+            if len(history) < max(min_iter, PATIENCE + 1):
+                continue
+            if abs(history[-1] - history[-1 - PATIENCE]) <= tol * max(abs(history[-1]), scale):
+                reason = f"the bound changed by less than tol={tol:g} (relative) over {PATIENCE} sweeps"
+                return Result(state, history, len(history), True, reason)
     reason = f"max_iter={max_iter} sweeps done"
     if comm.is_root:
         warnings.warn(
@@ -159,3 +174,11 @@ def run(
             stacklevel=3,
         )
     return Result(state, history, max_iter, False, reason)
+
+
+def _finite(bound: float, n_sweeps: int) -> float:
+    if not math.isfinite(bound):
+        raise FloatingPointError(
+            f"the bound is {bound} after {n_sweeps} sweeps; try damping=0.5 or look for extreme values in y"
+        )
+    return bound

@@ -47,8 +47,11 @@ class FunBaT(TensorRegressor):
         mode in Tucker. The authors' model is ``False``.
     max_iter : int, default 200
         Sweeps at most.
-    tol : float, default 1e-4
-        Stop when the bound changes by less than this share over two sweeps.
+    tol : float, default 1e-3
+        Stop when the bound changes over two sweeps by less than this share of itself, or of the number of rows where that
+        is more.
+    n_init : int, default 3
+        Starts; each gets ten sweeps, then the one with the highest bound goes on.
     damping : float, default 0.0
         Share of the old message kept, in [0, 1). The bound is monotone without damping.
     learn_hyperparameters : bool, default True
@@ -106,7 +109,8 @@ class FunBaT(TensorRegressor):
         *,
         main_effects: bool = True,
         max_iter: int = 200,
-        tol: float = 1e-4,
+        tol: float = 1e-3,
+        n_init: int = 3,
         damping: float = 0.0,
         learn_hyperparameters: bool = True,
         noise_prior: tuple[float, float] = (1.0, 1.0),
@@ -121,6 +125,7 @@ class FunBaT(TensorRegressor):
         self.main_effects = main_effects
         self.max_iter = max_iter
         self.tol = tol
+        self.n_init = n_init
         self.damping = damping
         self.learn_hyperparameters = learn_hyperparameters
         self.noise_prior = noise_prior
@@ -226,12 +231,12 @@ class FunBaT(TensorRegressor):
             max_iter=self.max_iter,
             tol=self.tol,
             scale=float(comm.sum(values.new_tensor([values.shape[0]]))),
+            n_init=self.n_init,
             min_iter=WARM_UP + 4,
             progress=self.progress,
         )
         self._state: State = result.state
-        shift = float(result.state.n_rows) * math.log(self.y_scale_)
-        self.bound_history_ = [bound - shift for bound in result.bound_history]
+        self.bound_history_ = result.bound_history
         self.n_iter_, self.converged_, self.stop_reason_ = result.n_iter, result.converged, result.stop_reason
 
     def _build(self, like: Tensor) -> FunctionalTucker:
@@ -243,6 +248,7 @@ class FunBaT(TensorRegressor):
             noise_prior=Gamma(a0, b0),
             damping=self.damping,
             learn=self.learn_hyperparameters,
+            log_scale=math.log(self.y_scale_),
         )
 
     def _free(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -281,6 +287,8 @@ class FunBaT(TensorRegressor):
             raise ValueError(f"damping: expected a number in [0, 1), got {self.damping!r}")
         if self.max_iter < 1:
             raise ValueError(f"max_iter: expected at least 1, got {self.max_iter!r}")
+        if self.n_init < 1:
+            raise ValueError(f"n_init: expected at least 1, got {self.n_init!r}")
         if not self.tol >= 0:
             raise ValueError(f"tol: expected a number >= 0, got {self.tol!r}")
         if len(self.noise_prior) != 2 or not min(self.noise_prior) > 0:

@@ -104,8 +104,9 @@ class GaussianProcess(LatentFunctions):
         return torch.stack([ones * math.log(self.range / 5), torch.zeros_like(ones)])
 
     def bounds(self, rank: int) -> Tensor:  # noqa: D102
-        gap = self.range / max(self.size - 1, 1)
-        lower = [math.log(gap / 10), math.log(1e-4)]
+        # Below half the mean spacing a lengthscale says nothing but "unrelated".
+        spacing = self.range / max(self.size - 1, 1)
+        lower = [math.log(spacing / 2), math.log(1e-4)]
         upper = [math.log(self.range * 100), math.log(1e4)]
         return self.coordinates.new_tensor([lower, upper])[:, :, None].expand(2, 2, rank)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
 from probtensor.comm import Comm, Serial
 from probtensor.data import Duplicates, Observations, as_table, resolve_axes
+from probtensor.likelihoods import gaussian_log_prob
 from probtensor.persistence import write_state
 
 __all__ = ["TensorRegressor", "UnknownLabelWarning"]
@@ -174,8 +175,8 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         values = np.asarray(y, dtype=float)
         if values.shape != mean.shape:
             raise ValueError(f"y: expected shape {mean.shape} to match X, got {values.shape}")
-        density = stats.norm.logpdf(np.where(np.isnan(values), mean, values), mean, std)
-        return np.where(np.isnan(values), 0.0, density).astype(self.dtype_)
+        density = gaussian_log_prob(*(torch.from_numpy(x) for x in (values, mean, std**2)))
+        return density.numpy().astype(self.dtype_)
 
     def sample_y(self, X: Any, n_samples: int = 1, random_state: RandomState = 0) -> FloatArray:
         """Joint draws from the predictive distribution of y.
