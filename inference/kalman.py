@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probtensor.gaussian import square_root
+from probtensor.gaussian import square_root, standard_normal
 
 __all__ = ["Chain", "Posterior", "Sites", "condition", "log_normalizer", "pull_back", "sample", "smooth"]
 
@@ -82,9 +82,9 @@ class Posterior(NamedTuple):
 
 
 class Element(NamedTuple):
-    """A block of steps: the state after it given that before it, ``N(A x + b, C)``, and what its sites say of that before.
+    """A block of steps: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of the latter.
 
-    The latter is ``exp(eta' x - x' J x / 2)``, up to a constant.
+    That is ``exp(eta' x - x' J x / 2)``, up to a constant.
     """
 
     A: Tensor
@@ -284,7 +284,7 @@ def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generato
         With `shift` of shape (T, R).
     n_samples : int
     generator : torch.Generator
-        On the chain's device.
+        On the CPU.
 
     Returns
     -------
@@ -293,8 +293,7 @@ def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generato
     T = chain.matrix.shape[0]
 
     def noise(root: Tensor) -> Tensor:
-        normal = torch.randn(T, root.shape[-1], n_samples, generator=generator, dtype=root.dtype, device=root.device)
-        return root @ normal
+        return root @ standard_normal((T, root.shape[-1], n_samples), root, generator)
 
     zero = torch.zeros_like(chain.noise)
     innovation = noise(square_root(chain.noise))

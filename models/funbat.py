@@ -48,8 +48,8 @@ class FunBaT(TensorRegressor):
     max_iter : int, default 200
         Sweeps at most.
     tol : float, default 1e-3
-        Stop when the bound changes over two sweeps by less than this share of itself, or of the number of rows where that
-        is more.
+        Stop when the bound changes over two sweeps by less than this share of itself, or of the number of rows if
+        that is more.
     n_init : int, default 3
         Starts; each gets ten sweeps, then the one with the highest bound goes on.
     damping : float, default 0.0
@@ -227,7 +227,7 @@ class FunBaT(TensorRegressor):
             self._model,
             Rows(positions.T.contiguous(), values),
             comm=comm,
-            generator=make_generator(self._shared_seed(comm), values.device),
+            generator=make_generator(self._shared_seed(comm)),
             max_iter=self.max_iter,
             tol=self.tol,
             scale=float(comm.sum(values.new_tensor([values.shape[0]]))),

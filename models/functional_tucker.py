@@ -37,7 +37,7 @@ from probtensor.contract import (
     unpack,
     unpack_pairs,
 )
-from probtensor.gaussian import Gamma, Gaussian, from_natural, gaussian_kl, square_root
+from probtensor.gaussian import Gamma, Gaussian, from_natural, gaussian_kl, square_root, standard_normal
 from probtensor.inference.kalman import Posterior, Sites
 from probtensor.inference.maximize import maximize
 from probtensor.models.latent_functions import LatentFunctions, Moments
@@ -313,7 +313,7 @@ class FunctionalTucker:
         if state.core is None:
             return torch.stack([CP().mean([c[s, index] for c, index in factors]) for s in range(n_samples)])
         core, covariance = state.core
-        normal = torch.randn(n_samples, len(core), generator=generator, dtype=core.dtype, device=core.device)
+        normal = standard_normal((n_samples, len(core)), core, generator)
         cores = core + normal @ square_root(covariance).T
         return torch.stack([outer_rows([c[s, index] for c, index in factors]) @ cores[s] for s in range(n_samples)])
 

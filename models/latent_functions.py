@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
-from probtensor.gaussian import square_root
+from probtensor.gaussian import square_root, standard_normal
 from probtensor.inference import kalman
 from probtensor.inference.kalman import Chain, Posterior, Sites
 from probtensor.models.state_space import Transition, state_dim, stationary_covariance, transition
@@ -104,9 +104,9 @@ class GaussianProcess(LatentFunctions):
         return torch.stack([ones * math.log(self.range / 5), torch.zeros_like(ones)])
 
     def bounds(self, rank: int) -> Tensor:  # noqa: D102
-        # Below half the mean spacing a lengthscale says nothing but "unrelated".
+        # A lengthscale below the mean spacing says nothing but "unrelated", and overfits.
         spacing = self.range / max(self.size - 1, 1)
-        lower = [math.log(spacing / 2), math.log(1e-4)]
+        lower = [math.log(spacing), math.log(1e-4)]
         upper = [math.log(self.range * 100), math.log(1e4)]
         return self.coordinates.new_tensor([lower, upper])[:, :, None].expand(2, 2, rank)
 
@@ -246,7 +246,7 @@ class IndependentRows(LatentFunctions):
         posterior, _ = self.posterior(log_hyperparameters, sites)
         labels, position = torch.unique(where, return_inverse=True)
         mean, covariance = self.at(log_hyperparameters, sites, posterior, labels)
-        normal = torch.randn(n_samples, *mean.shape, 1, generator=generator, dtype=mean.dtype, device=mean.device)
+        normal = standard_normal((n_samples, *mean.shape, 1), mean, generator)
         return (mean + (square_root(covariance) @ normal).squeeze(-1))[:, position]
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
 from probtensor.comm import Comm, Serial
 from probtensor.data import Duplicates, Observations, as_table, resolve_axes
+from probtensor.gaussian import standard_normal
 from probtensor.likelihoods import gaussian_log_prob
 from probtensor.persistence import write_state
 
@@ -195,9 +196,9 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         if n_samples < 1:
             raise ValueError(f"n_samples: expected at least 1, got {n_samples!r}")
         encoded = self._encode(X)
-        generator = make_generator(random_state, encoded[0].device)
+        generator = make_generator(random_state)
         drawn = self._latent_samples(encoded, n_samples, generator)
-        normal = torch.randn(drawn.shape, generator=generator, dtype=drawn.dtype, device=drawn.device)
+        normal = standard_normal(drawn.shape, drawn, generator)
         drawn = drawn + normal * math.sqrt(self._noise_variance())
         return self._to_user(drawn).T.astype(self.dtype_)
 
@@ -325,14 +326,13 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         return (standardised * self.y_scale_ + self.y_mean_).cpu().numpy()
 
 
-def make_generator(random_state: RandomState, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(random_state: RandomState) -> torch.Generator:
     """A torch generator from a seed, or from one integer drawn from a NumPy generator; no global generator is touched.
 
     Parameters
     ----------
     random_state : int, numpy.random.Generator, numpy.random.RandomState or None
         None takes the seed from the operating system.
-    device : torch.device or str
 
     Raises
     ------
@@ -350,7 +350,7 @@ def make_generator(random_state: RandomState, device: torch.device | str = "cpu"
             seed = int(random_state.randint(2**31))
         case _:
             raise ValueError(f"random_state: expected None, an integer >= 0 or a NumPy generator, got {random_state!r}")
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
 
 
 def _agreed_axes(table: pd.DataFrame, axes: Sequence[Axis] | None, comm: Comm) -> tuple[Axis, ...]:

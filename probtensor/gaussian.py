@@ -4,12 +4,13 @@ Gaussians in natural form are ``exp(shift' x - x' precision x / 2)``; products a
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Gamma", "Gaussian", "from_natural", "gaussian_kl", "observation_site", "square_root"]
+__all__ = ["Gamma", "Gaussian", "from_natural", "gaussian_kl", "observation_site", "square_root", "standard_normal"]
 
 
 class Gaussian(NamedTuple):
@@ -74,6 +75,23 @@ def square_root(matrix: Tensor) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt()[..., None, :]
+
+
+def standard_normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of the dtype and on the device of `like`: the same numbers on every device.
+
+    Parameters
+    ----------
+    shape : sequence of int
+    like : Tensor
+    generator : torch.Generator
+        On the CPU.
+
+    Returns
+    -------
+    Tensor, shape `shape`
+    """
+    return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def observation_site(y: Tensor, noise_covariance: Tensor, observed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

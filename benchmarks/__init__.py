@@ -1,0 +1,1 @@
+"""Long measurements, run apart from the tests: ``python -m benchmarks --help``."""
