@@ -82,7 +82,7 @@ class Posterior(NamedTuple):
 
 
 class Element(NamedTuple):
-    """A block of steps: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of the latter.
+    """A block of steps: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of that one.
 
     That is ``exp(eta' x - x' J x / 2)``, up to a constant.
     """
@@ -172,8 +172,7 @@ def log_normalizer(chain: Chain, sites: Sites, posterior: Posterior | None = Non
     """
     A, Q, H = chain
     with torch.no_grad():
-        if posterior is None:
-            posterior = smooth(chain, sites)
+        posterior = smooth(chain, sites) if posterior is None else Posterior(*(x.detach() for x in posterior))
         before_mean = torch.cat([torch.zeros_like(posterior.mean[:1]), posterior.mean[:-1]])
         before_covariance = torch.cat([torch.zeros_like(posterior.covariance[:1]), posterior.covariance[:-1]])
     mean = (A @ before_mean).squeeze(-1)
@@ -205,8 +204,9 @@ def site_log_normalizer(mean: Tensor, covariance: Tensor, sites: Sites) -> Tenso
     Lm = (L @ mean[..., None]).squeeze(-1)
     rest = h - Lm
     gained = torch.linalg.solve(one_plus, covariance @ rest[..., None]).squeeze(-1)
-    linear = (mean * (h - 0.5 * Lm)).sum(-1)
-    return linear + 0.5 * (rest * gained).sum(-1) - 0.5 * torch.linalg.slogdet(one_plus).logabsdet
+    linear: Tensor = (mean * (h - 0.5 * Lm)).sum(-1)
+    log_det: Tensor = torch.linalg.slogdet(one_plus).logabsdet
+    return linear + 0.5 * (rest * gained).sum(-1) - 0.5 * log_det
 
 
 def _elements(chain: Chain, sites: Sites) -> Element:
@@ -314,7 +314,8 @@ def _interleave(even: Tensor, odd: Tensor) -> Tensor:
 def _inverse_one_plus(left: Tensor, right: Tensor) -> Tensor:
     """Inverse of ``1 + left @ right``; regular for every pair of symmetric positive semi-definite matrices."""
     one = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
-    return torch.linalg.inv(one + left @ right)
+    inverse: Tensor = torch.linalg.inv(one + left @ right)
+    return inverse
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

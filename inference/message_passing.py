@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from probtensor.comm import Comm
 
@@ -171,7 +171,7 @@ def run(
             f"not converged: {reason}, the bound still moves. Raise max_iter or tol, or look at bound_history_; "
             "a lower rank often converges faster.",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=6,  # the line that called fit: past run, its no_grad, _fit, _fit_table and fit
         )
     return Result(state, history, max_iter, False, reason)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from probtensor.axes import Axis
 from probtensor.comm import Comm
 from probtensor.data import Duplicates
-from probtensor.estimator import RandomState, TensorRegressor, make_generator, resolve_device
+from probtensor.estimator import RandomState, TensorRegressor, is_integer, is_number, make_generator, resolve_device
 from probtensor.gaussian import Gamma, Gaussian
 from probtensor.inference.kalman import Sites
 from probtensor.inference.message_passing import run
@@ -183,9 +183,7 @@ class FunBaT(TensorRegressor):
             effect, variance = mean[:, -1], covariance[:, -1, -1]
         else:
             ranks = self._model.ranks
-            index = torch.zeros(self.rank_[mode], len(ranks), dtype=torch.int64, device=mean.device)
-            index[:, mode] = torch.arange(1, ranks[mode], device=mean.device)
-            flat = index @ torch.tensor([math.prod(ranks[k + 1 :]) for k in range(len(ranks))], device=mean.device)
+            flat = torch.arange(1, ranks[mode], device=mean.device) * math.prod(ranks[mode + 1 :])
             core, core_covariance = self._state.core.mean[flat], self._state.core.covariance[flat[:, None], flat]
             effect = mean @ core
             second = covariance + mean[:, :, None] * mean[:, None, :]
@@ -203,17 +201,20 @@ class FunBaT(TensorRegressor):
     @property
     def noise_std_(self) -> float:
         """Standard deviation of the noise, in the unit of y."""
+        check_is_fitted(self, "axes_")
         return math.sqrt(self._noise_variance()) * self.y_scale_
 
     @property
     def core_(self) -> FloatArray | None:
         """Mean of the Tucker core; None for CP."""
+        check_is_fitted(self, "axes_")
         core = self._state.core
         return None if core is None else core.mean.reshape(self._model.ranks).cpu().numpy()
 
     @property
     def hyperparameters_(self) -> dict[str, dict[str, FloatArray]]:
         """Learned lengthscales and variances of each mode's functions, main effect last in CP."""
+        check_is_fitted(self, "axes_")
         return {
             str(axis.name): {key: value.cpu().numpy() for key, value in f.named(factor.log_hyperparameters).items()}
             for axis, f, factor in zip(self.axes_, self._model.functions, self._state.factors, strict=True)
@@ -268,7 +269,7 @@ class FunBaT(TensorRegressor):
         ranks = tuple(self.rank) if isinstance(self.rank, Sequence) else (self.rank,) * K
         if len(ranks) != K:
             raise ValueError(f"rank: expected one number or {K}, one for each mode, got {self.rank!r}")
-        if not all(isinstance(r, int | np.integer) and r >= 1 for r in ranks):
+        if not all(is_integer(r) and r >= 1 for r in ranks):
             raise ValueError(f"rank: expected integers of at least 1, got {self.rank!r}")
         if self.form == "cp" and len(set(ranks)) > 1:
             raise ValueError(f'rank: expected the same rank for all modes with form="cp", got {self.rank!r}')
@@ -283,15 +284,16 @@ class FunBaT(TensorRegressor):
     def _check_parameters(self) -> None:
         if self.form not in ("cp", "tucker"):
             raise ValueError(f'form: expected "cp" or "tucker", got {self.form!r}')
-        if not 0 <= self.damping < 1:
+        if not (is_number(self.damping) and 0 <= self.damping < 1):
             raise ValueError(f"damping: expected a number in [0, 1), got {self.damping!r}")
-        if self.max_iter < 1:
-            raise ValueError(f"max_iter: expected at least 1, got {self.max_iter!r}")
-        if self.n_init < 1:
-            raise ValueError(f"n_init: expected at least 1, got {self.n_init!r}")
-        if not self.tol >= 0:
+        if not (is_integer(self.max_iter) and self.max_iter >= 1):
+            raise ValueError(f"max_iter: expected an integer of at least 1, got {self.max_iter!r}")
+        if not (is_integer(self.n_init) and self.n_init >= 1):
+            raise ValueError(f"n_init: expected an integer of at least 1, got {self.n_init!r}")
+        if not (is_number(self.tol) and self.tol >= 0):
             raise ValueError(f"tol: expected a number >= 0, got {self.tol!r}")
-        if len(self.noise_prior) != 2 or not min(self.noise_prior) > 0:
+        given: Any = self.noise_prior
+        if not (isinstance(given, Sequence) and len(given) == 2 and all(is_number(x) and x > 0 for x in given)):
             raise ValueError(f"noise_prior: expected two positive numbers (shape, rate), got {self.noise_prior!r}")
 
     def _shared_seed(self, comm: Comm) -> RandomState:

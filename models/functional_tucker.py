@@ -52,7 +52,7 @@ LEARN_EVERY = 2  # sweeps from one step of the hyperparameters to the next
 LEARN_STEPS = 3  # iterations of the optimiser in one such step
 # Shares of the variance that a start takes for noise, in turn: a large share finds the few broad effects of noisy data,
 # a small one keeps many components alive where data are precise. The bound decides.
-START_NOISE = (0.5, 0.02, 0.1)
+START_NOISE = (0.02, 0.5)
 
 
 class Rows(NamedTuple):
@@ -173,7 +173,9 @@ class FunctionalTucker:
         order = sorted(range(len(effects)), key=lambda k: -strength[k])
         factors = []
         for k, f in enumerate(self.functions):
-            hyper = f.initial_hyperparameters(int(self.free[k].sum()))
+            n_functions = int(self.free[k].sum())
+            # Within their bounds: the optimiser would move them there first, and the bound could fall.
+            hyper = torch.clamp(f.initial_hyperparameters(n_functions), *f.bounds(n_functions))
             nothing = _no_sites(f.size, hyper)
             posterior, _ = f.posterior(hyper, nothing)
             draw = f.sample(hyper, nothing, f.everywhere(), 1, generator)[0]
@@ -364,8 +366,9 @@ class FunctionalTucker:
 
     def _chunks(self, n: int) -> Iterator[slice]:
         packed = [packed_size(r) for r in self.ranks]
-        step = max(CHUNK // (math.prod(packed) if self.form == "tucker" else packed[0]), 64)
-        return (slice(first, first + step) for first in range(0, n, step))
+        width = math.prod(packed) // min(packed) if self.form == "tucker" else packed[0]
+        step = max(CHUNK // width, 64)
+        return (slice(first, first + step) for first in range(0, max(n, 1), step))
 
 
 def _smoothed_means(f: LatentFunctions, count: Tensor, total: Tensor) -> Tensor:

@@ -104,9 +104,9 @@ class GaussianProcess(LatentFunctions):
         return torch.stack([ones * math.log(self.range / 5), torch.zeros_like(ones)])
 
     def bounds(self, rank: int) -> Tensor:  # noqa: D102
-        # A lengthscale below the mean spacing says nothing but "unrelated", and overfits.
-        spacing = self.range / max(self.size - 1, 1)
-        lower = [math.log(spacing), math.log(1e-4)]
+        # A lengthscale below the mean spacing of many coordinates says nothing but "unrelated", and overfits.
+        shortest = self.range / max(self.size - 1, 10)
+        lower = [math.log(shortest), math.log(1e-4)]
         upper = [math.log(self.range * 100), math.log(1e4)]
         return self.coordinates.new_tensor([lower, upper])[:, :, None].expand(2, 2, rank)
 

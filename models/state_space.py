@@ -126,7 +126,7 @@ def transition(nu: float, gaps: Tensor, lengthscale: Tensor, variance: Tensor) -
     orders = torch.arange(1, 2 * d, dtype=s.dtype, device=s.device)
     scale = torch.exp(torch.lgamma(orders) - orders * math.log(2.0))
     twice = (2 * s[..., None]).clamp(min=torch.finfo(s.dtype).tiny)  # the gradient of gammainc is NaN at 0
-    integrals = scale * torch.special.gammainc(orders, twice)  # (n, R, 2d-1)
+    integrals = torch.where(s[..., None] > 0, scale * torch.special.gammainc(orders, twice), 0.0)  # (n, R, 2d-1)
     noise = _INTENSITY[nu] * torch.einsum("nrp,pij->nrij", integrals, square) * variance[:, None, None]
     return Transition(_block_diagonal(matrix), _block_diagonal(noise))
 

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from probtensor.axes import Axis
+
+DEFAULT_RANK = 3
+COLUMN = "COLUMN"
+DATES = r"\d{4}-\d{2}-\d{2}([ T].*)?"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -86,41 +90,66 @@ def demo(
 @app.command()
 def fit(
     data: Annotated[Path, typer.Argument(help="Table: .csv, .tsv (also .gz) or .parquet.", show_default=False)],
-    value: Annotated[str, typer.Option(help="Column with the measured values.", show_default=False)],
+    value: Annotated[str, typer.Option(metavar=COLUMN, help="Column with the measured values.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where to write the model.", show_default=False)],
     continuous: Annotated[
         list[str] | None,
-        typer.Option(help="Column of numbers or dates, where near means alike. Repeat for more.", show_default=False),
+        typer.Option(
+            metavar=COLUMN,
+            help="Column of numbers or dates, where near means alike. Repeat for more.",
+            show_default=False,
+        ),
     ] = None,
     categorical: Annotated[
-        list[str] | None, typer.Option(help="Column of labels. Repeat for more.", show_default=False)
+        list[str] | None, typer.Option(metavar=COLUMN, help="Column of labels. Repeat for more.", show_default=False)
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Column that is no aspect. Repeat for more.", show_default=False)
+        list[str] | None,
+        typer.Option(metavar=COLUMN, help="Column that is no aspect. Repeat for more.", show_default=False),
     ] = None,
-    rank: Annotated[str, typer.Option(help="Number of components, or one for each aspect as in 3,2,4.")] = "3",
-    form: Annotated[Form, typer.Option(help="Structure of the model.")] = Form.tucker,
+    rank: Annotated[
+        str | None,
+        typer.Option(
+            help="Latent functions of each aspect: one number, or one for each as in 3,2,4 (Tucker only).",
+            show_default="3, or as many as an aspect has labels",
+        ),
+    ] = None,
+    form: Annotated[
+        Form,
+        typer.Option(help="tucker: each function of an aspect meets all of the others; cp: only those of its number."),
+    ] = Form.tucker,
+    no_main_effects: Annotated[
+        bool, typer.Option("--no-main-effects", help="Only products of functions, no effect of an aspect by itself.")
+    ] = False,
     nu: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="[COLUMN=]NUMBER",
             help="Smoothness of the functions, 0.5, 1.5 or 2.5; for one column as in time=2.5. Repeat for more.",
             show_default="1.5",
         ),
     ] = None,
-    max_iter: Annotated[int | None, typer.Option(help="Iterations at most.", show_default="the model's")] = None,
+    starts: Annotated[
+        int | None, typer.Option(min=1, help="Random starts; the best after ten iterations goes on.", show_default="3")
+    ] = None,
+    max_iter: Annotated[int | None, typer.Option(min=1, help="Iterations at most.", show_default="200")] = None,
     tol: Annotated[
-        float | None, typer.Option(help="Stop at this relative change of the bound.", show_default="the model's")
+        float | None, typer.Option(help="Stop at this relative change of the bound.", show_default="0.001")
     ] = None,
     damping: Annotated[float, typer.Option(help="Share of the old message kept in each update, 0 to 1.")] = 0.0,
-    duplicates: Annotated[Duplicates, typer.Option(help="What rows of one cell are.")] = Duplicates.observations,
-    seed: Annotated[int, typer.Option(help="Seed of the random start.")] = 0,
+    duplicates: Annotated[
+        Duplicates,
+        typer.Option(help="Several rows of one cell are repeated observations, an error, or parts to sum or average."),
+    ] = Duplicates.observations,
+    seed: Annotated[int, typer.Option(help="Seed of the random starts.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Fit a model to a table and save it.
 
     Every column but the value is an aspect, unless it is ignored. Columns that are named neither continuous nor
-    categorical are judged by what they hold: numbers with a decimal point are continuous; words, whole numbers and
-    true/false are labels. Rows without a value are left out. For example:
+    categorical are judged by what they hold: numbers with a decimal point and dates such as 2024-01-31 are continuous;
+    other words, whole numbers and true/false are labels. What each column was taken for is printed. Labels in columns
+    that are named categorical stay as they are written (007 is not 7). Rows without a value are left out. For example:
 
     **probtensor fit air.csv --value pm25 --continuous day --continuous latitude --categorical station --out air.model**
 
@@ -131,14 +160,27 @@ def fit(
         from probtensor.models import FunBaT
         from probtensor.readers import read_table
 
-        X, y = read_table(data, value, continuous or (), categorical or ())
-        if unknown := [name for name in ignore or () if name not in X.columns]:
+        if not out.absolute().parent.is_dir():  # said now, not after the fit
+            raise ValueError(f"--out: expected a name in a folder that exists, got {str(out)!r}")
+        near, labels, ignored = continuous or [], categorical or [], ignore or []
+        as_written = dict.fromkeys(labels, "mixed" if data.suffix == ".parquet" else "str")
+        X, y = read_table(data, value, near, as_written)
+        if unknown := [name for name in ignored if name not in X.columns]:
             raise ValueError(f"--ignore: expected columns among {list(X.columns)}, got {unknown}")
-        X = X.drop(columns=ignore or [])
+        X = _with_dates(X.drop(columns=ignored), {*near, *labels})
+        if X.empty:
+            raise ValueError(f"{data}: expected values and columns beside them, got {len(X)} and {list(X.columns)}")
         axes = _with_smoothness(resolve_axes(X), nu or [])
+        fitted = [axis.fit(X[axis.name]) for axis in axes]
+        for axis in fitted:
+            guessed = axis.name not in near + labels and X[axis.name].dtype.kind == "i"
+            hint = f"; if near numbers mean alike: --continuous {axis.name}" if guessed else ""
+            typer.echo(f"{axis.name}: {_what(axis)}{hint}")
         settings: dict[str, Any] = {
-            **{"rank": _parse_rank(rank), "form": form.value, "axes": axes, "max_iter": max_iter, "tol": tol},
-            **{"damping": damping, "duplicates": duplicates.value, "random_state": seed, "progress": not quiet},
+            **{"rank": _ranks(rank, form, fitted), "form": form.value, "axes": axes},
+            **{"main_effects": not no_main_effects, "n_init": starts, "max_iter": max_iter, "tol": tol},
+            **{"damping": damping, "duplicates": duplicates.value, "random_state": seed},
+            **{"progress": not quiet and sys.stderr.isatty()},
         }
         model = FunBaT(**{name: setting for name, setting in settings.items() if setting is not None})
         model.fit(X, y)
@@ -159,7 +201,8 @@ def predict(
     """Predict the value of each row of a table.
 
     Writes the table's columns as they are, and four more: mean and std of the predicted value, and the ends of its
-    interval, lower and upper. For example:
+    interval, lower and upper. Other columns may stay: to fill the holes of a table, give the table itself. Coordinates
+    may be new; a label that was not seen in training gives a warning and a wide interval. For example:
 
     **probtensor predict my.model new.csv --coverage 0.5 --out filled.csv**
     """
@@ -192,7 +235,11 @@ def info(model: ModelFile) -> None:
             typer.echo(line)
 
 
-def _parse_rank(text: str) -> int | tuple[int, ...]:
+def _ranks(text: str | None, form: Form, fitted: list[Axis]) -> int | tuple[int, ...]:
+    """Return the ranks of ``--rank``; without it 3, or as many as a Tucker model allows."""
+    if text is None:
+        ranks = tuple(min(DEFAULT_RANK, axis.size) if form is Form.tucker else DEFAULT_RANK for axis in fitted)
+        return ranks if len(set(ranks)) > 1 else ranks[0]
     try:
         ranks = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -218,6 +265,18 @@ def _with_smoothness(axes: tuple[Axis, ...], given: list[str]) -> tuple[Axis, ..
         replace(axis, nu=chosen[axis.name]) if isinstance(axis, ContinuousAxis) and axis.name in chosen else axis
         for axis in axes
     )
+
+
+def _with_dates(table: pd.DataFrame, named: set[str]) -> pd.DataFrame:
+    """Return the table with dates instead of text in the columns, not `named`, where every text is an ISO 8601 date."""
+    import pandas as pd
+
+    for name in table.columns.difference(list(named)):
+        texts = table[name]
+        if pd.api.types.is_string_dtype(texts.dtype) and bool(texts.str.fullmatch(DATES).eq(True).all()):
+            with suppress(ValueError):  # 2024-99-99 is no date, but a label
+                table = table.assign(**{name: pd.to_datetime(texts, format="ISO8601")})
+    return table
 
 
 def _read_as_written(path: Path) -> pd.DataFrame:
@@ -255,14 +314,22 @@ def _describe(model: Any, header: dict[str, Any]) -> Iterator[str]:
     for name, fact in facts.items():
         yield f"  {name:<28}{fact}"
     for axis in model.axes_:
-        values, rank = axis.distinct, model.factor(axis.name, at=axis.distinct[:1])[0].shape[1]
-        if isinstance(axis, ContinuousAxis):
-            what = f"continuous, {axis.size} coordinates from {values[0]} to {values[-1]}, nu {axis.nu:g}"
-        else:
-            what = f"categorical, {axis.size} labels: {', '.join(map(str, values[:5]))}{', ...' * (axis.size > 5)}"
-        yield f"{axis.name}: rank {rank}, {what}"
+        rank = model.factor(axis.name, at=axis.distinct[:1])[0].shape[1]
+        yield f"{axis.name}: rank {rank}, {_what(axis)}"
+        in_days = isinstance(axis, ContinuousAxis) and axis.distinct is not None and axis.distinct.dtype.kind in "mM"
         for name, hyperparameter in model.hyperparameters_[axis.name].items():
-            yield f"  {name:<28}{_numbers(hyperparameter)}"
+            words = f"{name} (days)" if in_days and name == "lengthscale" else name
+            yield f"  {words:<28}{_numbers(hyperparameter)}"
+
+
+def _what(axis: Axis) -> str:
+    """Return what a fitted axis holds, in words."""
+    from probtensor.axes import ContinuousAxis
+
+    values = [] if axis.distinct is None else axis.distinct
+    if isinstance(axis, ContinuousAxis):
+        return f"continuous, {axis.size} coordinates from {values[0]} to {values[-1]}, nu {axis.nu:g}"
+    return f"categorical, {axis.size} labels: {', '.join(map(str, values[:5]))}{', ...' * (axis.size > 5)}"
 
 
 def _numbers(value: Any) -> str:
@@ -273,10 +340,13 @@ def _numbers(value: Any) -> str:
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Turn what is wrong with the user's input into one line on stderr and exit code 2; warnings into one line."""
+    """Turn what is wrong with the user's input into one line on stderr and code 2; warnings into one line, once."""
+    shown = set[str]()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        typer.echo(f"Warning: {_one_line(message)}", err=True)
+        if (line := _one_line(message)) not in shown:
+            typer.echo(f"Warning: {line}", err=True)
+        shown.add(line)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -285,7 +355,7 @@ def _user_errors() -> Iterator[None]:
             yield
         except BrokenPipeError:  # the reader of our output went away, as in `probtensor predict ... | head`
             raise
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
             if os.environ.get("PROBTENSOR_TRACEBACK"):
                 raise
             typer.echo(f"Error: {_one_line(error)}", err=True)
@@ -293,4 +363,6 @@ def _user_errors() -> Iterator[None]:
 
 
 def _one_line(message: object) -> str:
+    if isinstance(message, OSError) and message.strerror and message.filename:
+        message = f"{message.filename}: {message.strerror}"
     return " ".join(str(message).split())

@@ -176,7 +176,9 @@ def numeric(column: pd.Series, argument: str, name: str) -> pd.Series:
     """Return a column of real numbers or booleans, possibly missing; raise a ValueError about `argument` for others."""
     column = column.infer_objects() if column.dtype == object else column
     if not ptypes.is_numeric_dtype(column.dtype) or ptypes.is_complex_dtype(column.dtype):
-        raise ValueError(f"{argument}: expected real numbers in {name!r}, got dtype {column.dtype}")
+        words = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
+        example = f", such as {words.iloc[0]!r}" if len(words) else ""
+        raise ValueError(f"{argument}: expected real numbers in {name!r}, got dtype {column.dtype}{example}")
     return column
 
 

@@ -180,11 +180,11 @@ class Tucker:
 
     def mean(self, means: Sequence[Tensor]) -> Tensor:
         """``E f``, shape (n,)."""
-        return outer_rows(means) @ self.core.reshape(-1)
+        return _multilinear(self.core, means)
 
     def second(self, seconds: Sequence[Tensor]) -> Tensor:
         """``E f^2``, shape (n,)."""
-        return outer_rows(seconds) @ self.second_core.reshape(-1)
+        return _multilinear(self.second_core, seconds)
 
 
 def core_statistics(means: Sequence[Tensor], seconds: Sequence[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,6 +235,14 @@ def _pack_pairs(matrix: Tensor, ranks: Sequence[int]) -> Tensor:
     for _ in range(K):  # the first pair becomes a packed axis at the end
         pairs = pack_dual(pairs.movedim((0, 1), (-2, -1)))
     return pairs
+
+
+def _multilinear(core: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """``core`` (c_1, ..., c_K) contracted with one row (n, c_k) a mode, shape (n,); no (n, prod c_k) array is built."""
+    *first, last = rows
+    if not first:
+        return last @ core
+    return ((outer_rows(first) @ core.reshape(-1, core.shape[-1])) * last).sum(-1)
 
 
 def _rank(packed: Tensor) -> int:

@@ -24,8 +24,8 @@ __all__ = ["DemoResult", "Score", "run_demo", "split_rows"]
 
 FloatArray = npt.NDArray[np.float64]
 
-CP_RANK = 8
-TUCKER_RANK = (6, 3, 5, 6)
+CP_RANK = 32
+TUCKER_RANK = (4, 3, 4, 4)
 PARAFAC_RANKS = (4, 8, 12, 20, 30, 40)
 AXES: tuple[Axis, ...] = (
     CategoricalAxis("ligand"),

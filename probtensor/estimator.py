@@ -11,6 +11,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, Self
 
 import numpy as np
@@ -93,7 +94,17 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         comm = Serial() if comm is None else comm
         if comm.size > 1 and self.duplicates != "observations":
             raise ValueError(f'duplicates: expected "observations" on several ranks, got {self.duplicates!r}')
-        table = as_table(X)
+        before = dict(self.__dict__)
+        try:
+            self._fit_table(as_table(X), y, comm)
+        except BaseException:
+            # Neither bad input nor Ctrl-C leaves the new data's axes and units beside an old posterior.
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        return self
+
+    def _fit_table(self, table: pd.DataFrame, y: Any, comm: Comm) -> None:
         axes = self.axes if comm.size == 1 else _agreed_axes(table, self.axes, comm)
         observed = Observations.from_table(table, y, axes, self.duplicates)
         self.dtype_ = (
@@ -109,7 +120,6 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         scale = math.sqrt(float(comm.sum(((values - self.y_mean_) ** 2).sum()[None])) / count)
         self.y_scale_ = scale if scale > 1e-12 * abs(self.y_mean_) else 1.0
         self._fit(observed.positions.to(device), (values - self.y_mean_) / self.y_scale_, comm)
-        return self
 
     def predict(self, X: Any, return_std: bool = False) -> FloatArray | tuple[FloatArray, FloatArray]:
         """Predictive mean of y, and its standard deviation.
@@ -154,7 +164,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         -------
         lower, upper : ndarray, shape (n,)
         """
-        if not 0 < coverage < 1:
+        if not (is_number(coverage) and 0 < coverage < 1):
             raise ValueError(f"coverage: expected a probability between 0 and 1, got {coverage!r}")
         mean, std = self._moments(X)
         half = stats.norm.ppf(0.5 + coverage / 2) * std
@@ -173,7 +183,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         ndarray, shape (n,)
         """
         mean, std = self._moments(X)
-        values = np.asarray(y, dtype=float)
+        values = np.array(y, dtype=float)  # a copy: torch warns of read-only arrays, and every pandas column is one
         if values.shape != mean.shape:
             raise ValueError(f"y: expected shape {mean.shape} to match X, got {values.shape}")
         density = gaussian_log_prob(*(torch.from_numpy(x) for x in (values, mean, std**2)))
@@ -193,9 +203,9 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         -------
         ndarray, shape (n, n_samples)
         """
-        if n_samples < 1:
-            raise ValueError(f"n_samples: expected at least 1, got {n_samples!r}")
-        encoded = self._encode(X)
+        if not (is_integer(n_samples) and n_samples >= 1):
+            raise ValueError(f"n_samples: expected an integer of at least 1, got {n_samples!r}")
+        encoded = self._encode(X, stacklevel=3)
         generator = make_generator(random_state)
         drawn = self._latent_samples(encoded, n_samples, generator)
         normal = standard_normal(drawn.shape, drawn, generator)
@@ -281,9 +291,9 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         params = self.get_params(deep=False)
         if params["axes"] is not None:
             params["axes"] = [axis.to_state() for axis in params["axes"]]
-        if not isinstance(params["random_state"], int):
+        if not is_integer(params["random_state"]):
             params["random_state"] = None
-        return json.loads(json.dumps(params))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(params, default=_json_value))  # type: ignore[no-any-return]
 
     def _axis(self, name: str) -> int:
         names = [axis.name for axis in self.axes_]
@@ -300,7 +310,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f"X: expected the columns {names}, got {list(table.columns)}")
         return table[names]
 
-    def _encode(self, X: Any) -> list[Tensor]:
+    def _encode(self, X: Any, stacklevel: int = 4) -> list[Tensor]:
         table = self._columns(X)
         encoded = [axis.encode(table[axis.name]) for axis in self.axes_]
         for axis, codes in zip(self.axes_, encoded, strict=True):
@@ -311,19 +321,33 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
                     f"{(codes < 0).sum()} rows have labels of {axis.name!r} that were not seen in training ({shown}): "
                     "they get the prior and a wide interval; unknown(X) tells which",
                     UnknownLabelWarning,
-                    stacklevel=4,
+                    stacklevel=stacklevel,
                 )
         device = resolve_device(self.device)
         return [torch.as_tensor(np.array(codes), device=device) for codes in encoded]
 
-    @torch.no_grad()
     def _moments(self, X: Any) -> tuple[FloatArray, FloatArray]:
-        mean, variance = self._latent(self._encode(X))
+        encoded = self._encode(X)
+        with torch.no_grad():
+            mean, variance = self._latent(encoded)
         std = (variance + self._noise_variance()).sqrt() * self.y_scale_
         return self._to_user(mean), std.cpu().numpy()
 
     def _to_user(self, standardised: Tensor) -> FloatArray:
         return (standardised * self.y_scale_ + self.y_mean_).cpu().numpy()
+
+
+def _json_value(value: object) -> object:
+    """NumPy's numbers, such as a grid search sets, and torch's devices as JSON values."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def make_generator(random_state: RandomState) -> torch.Generator:
@@ -342,12 +366,12 @@ def make_generator(random_state: RandomState) -> torch.Generator:
     match random_state:
         case None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        case int() | np.integer() if random_state >= 0:
-            seed = int(random_state)
         case np.random.Generator():
             seed = int(random_state.integers(2**31))
         case np.random.RandomState():
             seed = int(random_state.randint(2**31))
+        case int() | np.integer() if random_state >= 0:
+            seed = int(random_state)
         case _:
             raise ValueError(f"random_state: expected None, an integer >= 0 or a NumPy generator, got {random_state!r}")
     return torch.Generator().manual_seed(seed)
@@ -370,4 +394,12 @@ def _agreed_axes(table: pd.DataFrame, axes: Sequence[Axis] | None, comm: Comm) -
 def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f'device: expected "auto", "cpu", "cuda" or another that torch knows, got {device!r}'
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'device: expected "auto" or "cpu", since torch finds no GPU here, got {device!r}')
+    return found

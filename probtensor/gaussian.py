@@ -58,12 +58,14 @@ def gaussian_kl(q: Gaussian, variance: float = 1.0) -> Tensor:
     """
     mean, covariance = q
     D = mean.shape[0]
-    log_det = torch.linalg.slogdet(covariance).logabsdet
+    log_det: Tensor = torch.linalg.slogdet(covariance).logabsdet
     return 0.5 * ((covariance.trace() + mean @ mean) / variance - D - log_det + D * math.log(variance))
 
 
 def square_root(matrix: Tensor) -> Tensor:
-    """A matrix ``B`` with ``B B' = matrix``, for symmetric positive semi-definite matrices that may be singular.
+    """The symmetric square root of symmetric positive semi-definite matrices, which may be singular.
+
+    It is unique: no sign or order that a library is free to choose enters.
 
     Parameters
     ----------
@@ -74,7 +76,8 @@ def square_root(matrix: Tensor) -> Tensor:
     Tensor, shape (..., D, D)
     """
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt()[..., None, :]
+    root: Tensor = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
+    return root
 
 
 def standard_normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:

@@ -34,7 +34,6 @@ def gaussian_log_prob(y: Tensor, mean: Tensor, variance: Tensor, observed: Tenso
     tensor([-0.9189,  0.0000])
     """
     seen = ~y.isnan() if observed is None else observed
-    mean, variance = torch.broadcast_tensors(mean, variance)
     residual = torch.where(seen, y, mean.detach()) - mean
     density = -0.5 * (residual**2 / variance + variance.log() + math.log(2 * math.pi))
     return torch.where(seen, density, 0.0)

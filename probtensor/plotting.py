@@ -201,9 +201,9 @@ def _draw_functions(ax: Axes, model: Any, axis: ContinuousAxis, shown: Sequence[
     grid = np.unique(np.concatenate([np.linspace(coordinates[0], coordinates[-1], n_grid), coordinates]))
     mean, std = model.factor(str(axis.name), at=axis.decode(grid))
     x, ticks = _abscissa(axis, grid), _abscissa(axis, coordinates)
-    for component in shown:
-        colour = COLOURS[component % len(COLOURS)]
-        line, centre, reach = LINES[component // len(COLOURS) % len(LINES)], mean[:, component], 2.0 * std[:, component]
+    for place, component in enumerate(shown):  # colours go by place: those drawn side by side all differ
+        colour = COLOURS[place % len(COLOURS)]
+        line, centre, reach = LINES[place // len(COLOURS) % len(LINES)], mean[:, component], 2.0 * std[:, component]
         ax.fill_between(x, centre - reach, centre + reach, color=colour, alpha=0.16, linewidth=0)
         ax.plot(x, centre, line, color=colour, linewidth=2.0, label=str(component + 1))
     ax.plot(ticks, np.full(len(ticks), 0.018), "|", color=INK, markersize=7, transform=ax.get_xaxis_transform())
@@ -225,10 +225,10 @@ def _draw_labels(ax: Axes, model: Any, axis: CategoricalAxis, shown: Sequence[in
     offsets = (np.arange(len(shown)) - (len(shown) - 1) / 2) * 0.66 / max(len(shown), 1)
     heights = np.arange(len(labels))
     many, step = len(labels) > MAX_LABELS, -(-len(labels) // MAX_LABELS)
-    for component, offset in zip(shown, offsets, strict=True):
+    for place, (component, offset) in enumerate(zip(shown, offsets, strict=True)):
         ax.errorbar(
-            mean[:, component], heights + offset, xerr=2.0 * std[:, component], fmt="o" if component < 6 else "D",
-            color=COLOURS[component % len(COLOURS)], markersize=2.5 if many else 4.5, elinewidth=0.7 if many else 1.3,
+            mean[:, component], heights + offset, xerr=2.0 * std[:, component], fmt="o" if place < 6 else "D",
+            color=COLOURS[place % len(COLOURS)], markersize=2.5 if many else 4.5, elinewidth=0.7 if many else 1.3,
             label=str(component + 1),
         )  # fmt: skip
     ax.set_yticks(heights[::step], [str(label) for label in labels[::step]])

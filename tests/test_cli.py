@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import types
@@ -11,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 from sklearn.exceptions import ConvergenceWarning
 from typer.testing import CliRunner
 
 import probtensor
 import probtensor.demo  # before the stand-in takes the model's place
 from probtensor.axes import CategoricalAxis, ContinuousAxis, axis_from_state
-from probtensor.cli import app
+from probtensor.cli import app, fit
 from probtensor.data import resolve_axes
 from probtensor.datasets import load_il2
 from probtensor.demo import run_demo, split_rows
 from probtensor.metrics import rmse
+from probtensor.models import FunBaT  # the model, not the stand-in
 from probtensor.persistence import load, write_state
 
 CSV = "day,station,value\n0.5,007,1.25\n1.5,007,\n1.5,12,3.5\n2.5,12,4.5\n"
@@ -101,12 +104,13 @@ FIT = ("fit", "data.csv", "--value", "value", "--categorical", "station", "--out
 
 def test_fit_passes_the_table_and_every_setting_to_the_model(folder):
     options = ("--rank", "3,2", "--form", "cp", "--max-iter", "9", "--tol", "1e-3", "--damping", "0.5")
+    options += ("--no-main-effects", "--starts", "5")
     result = run(*FIT, *options, "--duplicates", "mean", "--seed", "4", "--quiet", "--nu", "2.5")
     axes = Toy.made.settings.pop("axes")
     assert axes == (ContinuousAxis("day", nu=2.5), CategoricalAxis("station"))
     assert Toy.made.settings == {
         **{"rank": (3, 2), "form": "cp", "max_iter": 9, "tol": 1e-3, "damping": 0.5},
-        **{"duplicates": "mean", "random_state": 4, "progress": False},
+        **{"main_effects": False, "n_init": 5, "duplicates": "mean", "random_state": 4, "progress": False},
     }
     assert Toy.made.X["day"].tolist() == [0.5, 1.5, 2.5]  # the row without a value is a hole
     assert Toy.made.y.tolist() == [1.25, 3.5, 4.5]
@@ -115,10 +119,64 @@ def test_fit_passes_the_table_and_every_setting_to_the_model(folder):
 
 
 def test_settings_that_were_not_given_are_left_to_the_model(folder):
+    Path("data.csv").write_text("day,station,value\n0.5,a,1\n1.5,b,2\n2.5,c,3\n")
     run(*FIT)
     assert Toy.made.settings["rank"] == 3
     assert Toy.made.settings["axes"][0] == ContinuousAxis("day")
-    assert not {"max_iter", "tol"} & set(Toy.made.settings)
+    assert not {"max_iter", "tol", "n_init"} & set(Toy.made.settings)
+
+
+def test_defaults_that_help_shows_are_those_of_the_model():
+    model = {name: parameter.default for name, parameter in inspect.signature(FunBaT).parameters.items()}
+    model["nu"] = ContinuousAxis().nu
+    shown = {option.name: option.show_default for option in typer.main.get_command(app).commands["fit"].params}
+    for name, option in {"n_init": "starts", "max_iter": "max_iter", "tol": "tol", "nu": "nu", "rank": "rank"}.items():
+        assert shown[option].split(",")[0] == str(model[name])
+    command = inspect.signature(fit).parameters
+    for name in ("damping", "form", "duplicates"):
+        assert command[name].default == model[name]
+    assert command["no_main_effects"].default is not model["main_effects"]
+
+
+def test_the_default_rank_fits_an_aspect_of_few_labels(folder):
+    run(*FIT)  # three days, two stations
+    assert Toy.made.settings["rank"] == (3, 2)
+    run(*FIT, "--form", "cp")
+    assert Toy.made.settings["rank"] == 3
+
+
+def test_fit_says_what_each_column_was_taken_for(folder):
+    Path("data.csv").write_text("day,when,week,station,value\n0.5,2024-01-31,1,007,1\n1.5,2024-02-01,2,12,2\n")
+    lines = run(*FIT).stdout.splitlines()
+    assert lines[:4] == [
+        "day: continuous, 2 coordinates from 0.5 to 1.5, nu 1.5",
+        "when: continuous, 2 coordinates from 2024-01-31 00:00:00 to 2024-02-01 00:00:00, nu 1.5",
+        "week: categorical, 2 labels: 1, 2; if near numbers mean alike: --continuous week",
+        "station: categorical, 2 labels: 007, 12",
+    ]
+
+
+@pytest.mark.parametrize("text", ["2024-01-31 or so", "2024-13-31", "Monday"])
+def test_words_that_are_no_dates_are_labels(folder, text):
+    Path("data.csv").write_text(f"when,value\n{text},1\n2024-01-31,2\n")
+    run("fit", "data.csv", "--value", "value", "--out", "m")
+    assert Toy.made.settings["axes"] == (CategoricalAxis("when"),)
+    run("fit", "data.csv", "--value", "value", "--out", "m", "--categorical", "when")
+    assert Toy.made.X["when"].tolist() == [text, "2024-01-31"]
+
+
+def test_dates_that_are_named_categorical_are_labels(folder):
+    Path("data.csv").write_text("when,value\n2024-01-30,1\n2024-01-31,2\n")
+    run("fit", "data.csv", "--value", "value", "--out", "m", "--categorical", "when")
+    assert Toy.made.settings["axes"] == (CategoricalAxis("when"),)
+
+
+def test_labels_that_are_named_categorical_stay_as_written(folder):
+    run(*FIT)
+    assert Toy.made.X["station"].tolist() == ["007", "12", "12"]
+    pd.DataFrame({"day": [0.5, 1.5], "station": [7, 12], "value": [1.0, 2.0]}).to_parquet("data.parquet")
+    run("fit", "data.parquet", "--value", "value", "--categorical", "station", "--out", "my.model")
+    assert Toy.made.X["station"].tolist() == [7, 12]
 
 
 def test_smoothness_of_one_column_overrules_that_of_all(folder):
@@ -201,7 +259,15 @@ def test_version_and_help():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("fit", "no.csv", "--value", "value", "--out", "m"), "no.csv"),
+        (("fit", "no.csv", "--value", "value", "--out", "m"), "Error: no.csv: No such file or directory"),
+        (("fit", "data.xls", "--value", "value", "--out", "m"), "expected a name that ends in one of ('.csv', "),
+        (("fit", "data.csv", "--value", "value", "--out", "no/m"), "--out: expected a name in a folder that exists"),
+        (
+            ("fit", "words.csv", "--value", "value", "--out", "m"),
+            "expected real numbers in 'value', got dtype str, such as",
+        ),
+        (("fit", "holes.csv", "--value", "value", "--out", "m"), "holes.csv: expected values and columns beside them"),
+        (("fit", "alone.csv", "--value", "value", "--out", "m"), "alone.csv: expected values and columns beside them"),
         (("fit", "data.csv", "--value", "speed", "--out", "m"), "expected columns among ['day', 'station', 'value']"),
         ((*FIT, "--continuous", "hour"), "continuous: expected columns among"),
         ((*FIT, "--ignore", "hour"), "--ignore: expected columns among"),
@@ -216,8 +282,11 @@ def test_version_and_help():
     ],
 )
 def test_what_is_wrong_with_the_input_is_one_line_and_code_2(folder, arguments, words):
+    Path("words.csv").write_text("day,value\n0.5,1.0\n1.5,n.d.\n")
+    Path("holes.csv").write_text("day,value\n0.5,\n1.5,\n")
+    Path("alone.csv").write_text("value\n0.5\n")
     result = run(*arguments, code=2)
-    assert result.stdout == ""
+    assert "Fitted" not in result.stdout
     assert result.stderr.startswith("Error: ")
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
@@ -257,17 +326,26 @@ def test_warnings_are_one_line_on_stderr(folder, monkeypatch):
     assert run(*FIT).stderr == "Warning: not converged: raise max_iter\n"
 
 
-def test_help_imports_nothing_beyond_the_package_and_typer():
+def test_a_warning_is_said_once(folder, monkeypatch):
+    def warn(self, X, return_std=False, predict=Toy.predict):
+        warnings.warn("unknown label", UserWarning, stacklevel=2)
+        return predict(self, X, return_std)
+
+    run(*FIT)
+    monkeypatch.setattr(Toy, "predict", warn)
+    assert run("predict", "my.model", "data.csv").stderr == "Warning: unknown label\n"
+
+
+def test_help_answers_without_loading_what_the_commands_need():
     code = (
-        "import sys, probtensor\nbefore = set(sys.modules)\nfrom probtensor.cli import app\n"
-        "app(['fit', '--help'], standalone_mode=False)\n"
-        "new = {name for name in sys.modules if name not in before}\n"
-        "heavy = new & {'matplotlib', 'sklearn', 'tensorly'}\n"
-        "print('ADDED', sorted(name for name in new if name.startswith('probtensor.')), *heavy)"
+        "import sys\nfrom probtensor.cli import app\napp(['fit', '--help'], standalone_mode=False)\n"
+        "ours = sorted(name for name in sys.modules if name.startswith('probtensor'))\n"
+        "heavy = {'numpy', 'pandas', 'torch', 'pyro', 'mpi4py', 'matplotlib', 'scipy', 'sklearn', 'tensorly'}\n"
+        "print('LOADED', ours, *heavy & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert "--continuous" in done.stdout
-    assert done.stdout.splitlines()[-1] == "ADDED ['probtensor.cli']"
+    assert done.stdout.splitlines()[-1] == "LOADED ['probtensor', 'probtensor.cli']"
 
 
 def test_a_table_is_completed_from_the_command_line(tmp_path):

@@ -107,18 +107,8 @@ def test_modules_stay_readable_in_one_go(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
-def test_importing_the_package_is_light_and_silent() -> None:
-    code = """
-import random, sys
-import numpy, torch
-before = (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.get_default_dtype(),
-          torch.get_num_threads())
-import probtensor
-after = (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.get_default_dtype(),
-         torch.get_num_threads())
-assert before == after, "importing probtensor changes global state"
-print(*sorted({"mpi4py", "pyro", "matplotlib", "xarray", "pyarrow"} & sys.modules.keys()))
-"""
+def run_python(code: str) -> str:
+    """Return what a fresh process prints; it must succeed without a warning."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=ROOT,
@@ -127,7 +117,55 @@ print(*sorted({"mpi4py", "pyro", "matplotlib", "xarray", "pyarrow"} & sys.module
         timeout=120,
         check=False,
     )
-    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "", "")
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout.strip()
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = ("mpi4py", "pyro", "matplotlib", "xarray", "pyarrow", "torch", "pandas", "numpy", "scipy", "sklearn")
+    assert run_python(f"import sys, probtensor; print(*{set(heavy)!r} & sys.modules.keys())") == ""
+
+
+def test_public_names_load_when_they_are_used_and_change_no_global_state() -> None:
+    code = """
+import random, sys
+import numpy, torch
+def state():
+    return (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist(), torch.get_default_dtype(),
+            torch.get_num_threads())
+before = state()
+import probtensor as pt
+assert pt.comm.world().size == 1
+assert pt.models.FunBaT().rank == 3
+for name in pt.__all__:
+    assert name in dir(pt)
+    getattr(pt, name)
+assert pt.load is pt.persistence.load
+assert before == state(), "using probtensor's names changes global state"
+print(*sorted({"matplotlib", "xarray"} & sys.modules.keys()))
+"""
+    assert run_python(code) == ""
+
+
+@pytest.mark.parametrize("name", importlib.import_module("probtensor").__all__)
+def test_each_public_name_loads_on_its_own(name: str) -> None:
+    """As the first one that a process asks for: no import cycle, whatever the order."""
+    assert run_python(f"from probtensor import {name} as found; print(found is not None)") == "True"
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    package = importlib.import_module("probtensor")
+    with pytest.raises(AttributeError, match="module 'probtensor' has no attribute 'tucker'"):
+        package.tucker  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'tucker'"):
+        exec("from probtensor import tucker")
+
+
+def test_type_checkers_and_the_interpreter_see_the_same_public_names() -> None:
+    tree = parse(ROOT / "probtensor" / "__init__.py")
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    for_checkers = {a.asname for node in block.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert for_checkers | {"__version__"} == set(importlib.import_module("probtensor").__all__)
 
 
 def test_every_public_name_exists() -> None:

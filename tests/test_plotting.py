@@ -90,8 +90,16 @@ def test_only_the_strongest_components_are_drawn_under_their_own_numbers():
     (panel,) = plot_factors(toy, max_components=3)
     assert [text.get_text() for text in panel.get_legend().get_texts()] == ["5", "6", "7"]
     styles = {line.get_label(): line for line in panel.lines}
-    assert styles["7"].get_color() == COLOURS[0]
-    assert styles["7"].get_linestyle() == "--"
+    assert [styles[label].get_color() for label in "567"] == list(COLOURS[:3])
+    assert styles["7"].get_linestyle() == "-"
+
+
+def test_components_that_share_a_colour_differ_in_line():
+    toy = Toy(ContinuousAxis("dose").fit([0.0, 1.0]), rank=7)
+    (panel,) = plot_factors(toy, max_components=7)
+    styles = {line.get_label(): line for line in panel.lines}
+    assert styles["1"].get_color() == styles["7"].get_color() == COLOURS[0]
+    assert (styles["1"].get_linestyle(), styles["7"].get_linestyle()) == ("-", "--")
 
 
 @pytest.mark.parametrize(("form", "shown"), [("cp", [["1", "2"]] * 2), ("tucker", [["3", "4"], ["1", "2"]])])

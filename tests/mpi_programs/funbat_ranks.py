@@ -1,0 +1,94 @@
+"""FunBaT on rows dealt to several ranks, against the same fit on one."""
+
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.exceptions import ConvergenceWarning
+
+from probtensor.comm import Comm, Serial, abort_on_error, world
+from probtensor.models import FunBaT
+
+SETTINGS = {"rank": 2, "n_init": 1, "tol": 0.0, "max_iter": 8, "random_state": 0, "progress": False}
+
+
+def table() -> tuple[pd.DataFrame, np.ndarray]:
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"time": rng.integers(0, 12, 91) / 2, "cell": rng.choice(["b", "c", "d"], 91)})
+    X.loc[:1, "cell"] = "z"  # the first two rows alone have this label,
+    X.loc[2:3, "time"] = 99.5  # the next two this coordinate,
+    X.loc[4:5, "cell"] = "a"  # and the next two a label that comes first
+    y = 5 + np.sin(X["time"]) * (1 + (X["cell"] == "c")) + (X["cell"] == "d") + 0.1 * rng.normal(size=91)
+    return X, y.to_numpy()
+
+
+def deal(n: int, comm: Comm, seed: int) -> np.ndarray:
+    """Rows of this rank, of unequal number and in any order; rare labels and coordinates come to one rank each."""
+    rng = np.random.default_rng(seed)
+    owner = rng.choice(comm.size, n, p=np.arange(1, comm.size + 1) / np.arange(1, comm.size + 1).sum())
+    owner[:2], owner[2:4], owner[4:6] = comm.size - 1, 0, comm.size // 2
+    return rng.permutation(np.flatnonzero(owner == comm.rank))
+
+
+def fit(model: FunBaT, X: pd.DataFrame, y: np.ndarray, comm: Comm) -> FunBaT:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(X, y, comm=comm)
+    assert [w.category for w in caught] == [ConvergenceWarning] * comm.is_root
+    return model
+
+
+def check(form: str, comm: Comm, seed: int) -> None:
+    X, y = table()
+    new = pd.DataFrame({"time": [0.0, 0.25, 99.5, 200.0], "cell": ["z", "a", "b", "c"]})
+    rows = deal(len(y), comm, seed)
+    alone = fit(FunBaT(form=form, **SETTINGS), X, y, Serial()) if comm.is_root else None
+    model = fit(FunBaT(form=form, **SETTINGS), X.iloc[rows].reset_index(drop=True), y[rows], comm)
+    results = [*model.predict(new, return_std=True), *model.factor("time"), *model.main_effect("cell")]
+    results += [np.array(model.bound_history_), np.array([model.y_mean_, model.y_scale_, model.noise_std_])]
+    everywhere = comm.gather_bytes(b"".join(x.tobytes() for x in results))
+    assert len(set(everywhere)) == 1, f"the ranks disagree: {form}"
+    for axis in model.axes_:
+        assert set(axis.distinct) == set(X[axis.name])
+        assert list(axis.distinct) == sorted(axis.distinct)
+    if alone is not None:
+        assert model.axes_ == alone.axes_
+        expected = [*alone.predict(new, return_std=True), *alone.factor("time"), *alone.main_effect("cell")]
+        expected += [np.array(alone.bound_history_), np.array([alone.y_mean_, alone.y_scale_, alone.noise_std_])]
+        for x, right in zip(results, expected, strict=True):
+            np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
+
+
+def check_seeds(comm: Comm) -> None:
+    """Ranks whose generators differ, or draw their own seed, take the one of rank 0."""
+    X, y = table()
+    rows = deal(len(y), comm, 5)
+    for seed in (np.random.default_rng(comm.rank), None):
+        settings = SETTINGS | {"random_state": seed, "max_iter": 1}
+        model = fit(FunBaT(form="cp", **settings), X.iloc[rows], y[rows], comm)
+        assert len(set(comm.gather_bytes(model.predict(X).tobytes()))) == 1
+
+
+def check_refusal(comm: Comm) -> None:
+    """Rows of one cell on several ranks cannot be merged: all ranks say so."""
+    with pytest.raises(ValueError, match=r'duplicates: expected "observations" on several ranks, got \'mean\''):
+        FunBaT(duplicates="mean").fit(*table(), comm=comm)
+
+
+def main() -> None:
+    comm = world()
+    with abort_on_error(comm):
+        check("cp", comm, seed=1)
+        check("tucker", comm, seed=2)
+        check_seeds(comm)
+        if comm.size > 1:
+            check_refusal(comm)
+    if comm.is_root:
+        print(f"ok on {comm.size}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

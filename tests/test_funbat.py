@@ -1,0 +1,617 @@
+"""FunBaT as a user meets it: fits, latent functions, effects, bad parameters, scikit-learn's habits.
+
+The mathematics has tests of its own. Fits are short: `QUICK` stops after eight sweeps, the fewest that there are.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+from typing import NamedTuple
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+
+import probtensor as pt
+from probtensor.comm import Serial
+from probtensor.estimator import UnknownLabelWarning
+from probtensor.inference import message_passing
+from probtensor.models import FunBaT
+
+QUICK = {"rank": 2, "n_init": 1, "tol": 10.0, "random_state": 0, "progress": False}
+FORMS = ("cp", "tucker")
+EFFECT = {"a": -1.0, "b": 0.0, "c": 1.0, "d": 2.0}
+
+
+def table(n: int = 90, n_times: int = 12, noise: float = 0.1, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
+    """Cells by time: an effect of the cell and a wave whose amplitude depends on the cell."""
+    rng = np.random.default_rng(seed)
+    times = rng.integers(0, n_times, n) * (10.0 / (n_times - 1))
+    X = pd.DataFrame({"time": times, "cell": rng.choice(list(EFFECT), n)})
+    effect = X["cell"].map(EFFECT).to_numpy()
+    return X, 5.0 + effect + np.sin(times) * (1.0 + 0.5 * effect) + noise * rng.normal(size=n)
+
+
+X, Y = table()
+NEW = pd.DataFrame({"time": [0.0, 2.5, 2.6, 9.9, 13.0], "cell": ["a", "b", "b", "d", "c"]})
+
+
+class Case(NamedTuple):
+    form: str
+    main_effects: bool
+    model: FunBaT
+
+
+@pytest.fixture(scope="module", params=[(f, e) for f in FORMS for e in (True, False)], ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    form, main_effects = request.param
+    return Case(form, main_effects, FunBaT(form=form, main_effects=main_effects, **QUICK).fit(X, Y))
+
+
+@pytest.fixture(scope="module")
+def cp() -> FunBaT:
+    return FunBaT(form="cp", **QUICK).fit(X, Y)
+
+
+@pytest.fixture(scope="module")
+def tucker() -> FunBaT:
+    return FunBaT(form="tucker", **QUICK).fit(X, Y)
+
+
+def same(a: FunBaT, b: FunBaT) -> bool:
+    """Whether two models predict the same bits."""
+    return all(np.array_equal(x, y) for x, y in zip(*(m.predict(NEW, return_std=True) for m in (a, b)), strict=True))
+
+
+# What a fit gives
+
+
+def test_a_fit_returns_itself_and_reports_how_it_went(case):
+    model = FunBaT(form=case.form, main_effects=case.main_effects, **QUICK)
+    assert model.fit(X, Y) is model
+    assert model.n_iter_ == len(model.bound_history_) == 8
+    assert model.bound_ == model.bound_history_[-1]
+    assert model.converged_ is True
+    assert "tol=10" in model.stop_reason_
+    assert model.rank_ == (2, 2)
+    assert same(model, case.model)
+
+
+def test_the_fit_explains_the_data_down_to_the_noise(case):
+    assert case.model.score(X, Y) > 0.97
+    assert 0.05 < case.model.noise_std_ < 0.4
+
+
+def test_the_names_of_the_modes_are_those_of_the_columns(case):
+    assert case.model.feature_names_in_.tolist() == ["time", "cell"]
+    assert list(case.model.hyperparameters_) == ["time", "cell"]
+
+
+def test_hyperparameters_are_positive_one_a_function(case):
+    n_functions = 2 + (case.main_effects and case.form == "cp")
+    time, cell = case.model.hyperparameters_["time"], case.model.hyperparameters_["cell"]
+    assert (set(time), set(cell)) == ({"lengthscale", "variance"}, {"variance"})
+    for value in (*time.values(), *cell.values()):
+        assert value.shape == (n_functions,)
+        assert (value > 0).all()
+
+
+def test_the_core_has_a_constant_column_a_mode_with_main_effects(case):
+    if case.form == "cp":
+        assert case.model.core_ is None
+    else:
+        assert case.model.core_.shape == ((3, 3) if case.main_effects else (2, 2))
+
+
+def test_factors_effects_and_core_make_the_prediction(case):
+    model = case.model
+    time, cell = NEW["time"].to_numpy(), NEW["cell"].to_numpy()
+    (u, _), (v, _) = model.factor("time", at=time), model.factor("cell", at=cell)
+    assert u.shape == v.shape == (len(NEW), 2)
+    if case.form == "tucker":
+        if case.main_effects:
+            u, v = np.c_[np.ones(len(NEW)), u], np.c_[np.ones(len(NEW)), v]
+        latent = np.einsum("rs,nr,ns->n", model.core_, u, v) * model.y_scale_
+    else:
+        latent = (u * v).sum(axis=1) * model.y_scale_
+        if case.main_effects:
+            latent += model.main_effect("time", time)[0] + model.main_effect("cell", cell)[0]
+    np.testing.assert_allclose(model.predict(NEW), model.y_mean_ + latent, rtol=1e-10)
+
+
+def test_factors_default_to_the_training_coordinates_in_their_order(case):
+    for axis in case.model.axes_:
+        given, default = case.model.factor(axis.name, at=axis.distinct), case.model.factor(axis.name)
+        assert default[0].shape == (axis.size, 2)
+        np.testing.assert_allclose(default, given, rtol=1e-12)
+        if case.main_effects:
+            np.testing.assert_allclose(
+                case.model.main_effect(axis.name), case.model.main_effect(axis.name, axis.distinct), rtol=1e-12
+            )
+
+
+def test_main_effects_are_the_means_over_the_other_mode(cp):
+    effect, std = cp.main_effect("cell", at=list(EFFECT))
+    assert (std > 0).all()
+    np.testing.assert_allclose(effect - effect.mean(), np.array([-1.5, -0.5, 0.5, 1.5]), atol=0.5)
+
+
+@pytest.mark.parametrize("name", ["time", "cell"])
+def test_the_std_of_a_tucker_main_effect_agrees_with_sampling(tucker, name):
+    mode, at = (0, [0.0, 5.2, 30.0]) if name == "time" else (1, ["a", "d"])
+    mean, std = tucker.main_effect(name, at)
+    moments = [x.numpy() for x in tucker._model.functions_at(tucker._state, mode, tucker._where(name, at)[1])]
+    rng, core = np.random.default_rng(0), [x.numpy() for x in tucker._state.core]
+    cores = rng.multivariate_normal(*core, size=200_000).reshape(-1, *tucker._model.ranks)
+    weights = cores[:, 1:, 0] if name == "time" else cores[:, 0, 1:]
+    for m, covariance, expected_mean, expected_std in zip(*moments, mean, std, strict=True):
+        draws = (rng.multivariate_normal(m, covariance, size=200_000) * weights).sum(axis=1) * tucker.y_scale_
+        assert expected_std == pytest.approx(draws.std(), rel=0.02)
+        assert expected_mean == pytest.approx(draws.mean(), abs=4 * draws.std() / 200_000**0.5)
+
+
+def test_main_effects_of_a_model_without_them_are_refused():
+    model = FunBaT(form="cp", main_effects=False, **QUICK).fit(X, Y)
+    with pytest.raises(ValueError, match="main_effect: expected a model of two or more modes with main_effects=True"):
+        model.main_effect("time")
+
+
+@pytest.mark.parametrize("method", ["factor", "main_effect"])
+def test_an_unknown_mode_is_refused(cp, method):
+    with pytest.raises(ValueError, match=r"name: expected one of \['time', 'cell'\], got 'dose'"):
+        getattr(cp, method)("dose")
+
+
+# The predictive distribution
+
+
+def test_draws_have_the_moments_of_predict(case):
+    mean, std = case.model.predict(NEW, return_std=True)
+    draws = case.model.sample_y(NEW, n_samples=3000, random_state=0)
+    assert draws.shape == (len(NEW), 3000)
+    assert (np.abs(draws.mean(axis=1) - mean) < 4.5 * std / 3000**0.5).all()
+    np.testing.assert_allclose(draws.std(axis=1), std, rtol=0.12)  # 3.5 standard errors, where tails are not too heavy
+
+
+def test_joint_draws_are_correlated_between_near_coordinates_and_not_far_ones():
+    model = FunBaT(1, "cp", noise_prior=(1e4, 1.0), learn_hyperparameters=False, n_init=1, tol=10.0, random_state=0)
+    model.fit([[0.0], [10.0]], [1.0, -1.0])
+    correlation = np.corrcoef(model.sample_y([[5.0], [5.1], [400.0]], 2000))
+    assert correlation[0, 1] > 0.95
+    assert abs(correlation[0, 2]) < 0.1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_far_from_the_data_the_prior_returns_with_a_wider_std(form):
+    x = np.linspace(0.0, 10.0, 25)[:, None]
+    model = FunBaT(form=form, **QUICK).fit(x, 3.0 + np.sin(x[:, 0]))
+    mean, std = model.predict([[-1e6], [1e6]], return_std=True)
+    variance = model.hyperparameters_["mode_0"]["variance"]
+    weight = 1.0
+    if form == "tucker":
+        core = model._state.core
+        weight = (core.covariance.diagonal() + core.mean**2).numpy()
+    prior = model.y_scale_ * math.sqrt((weight * variance).sum() + model._noise_variance())
+    np.testing.assert_allclose(mean, model.y_mean_, rtol=1e-9)
+    np.testing.assert_allclose(std, prior, rtol=1e-9)
+    assert (std > 2 * model.predict(x, return_std=True)[1].max()).all()
+
+
+def test_an_unknown_label_has_the_prior_mean_and_a_wider_interval_than_any_known(case):
+    new = pd.DataFrame({"time": 2.5, "cell": [*EFFECT, "nowhere"]})
+    with pytest.warns(UnknownLabelWarning, match=r"1 rows have labels of 'cell' .* \('nowhere'\)"):
+        lower, upper = case.model.predict_interval(new)
+    assert (upper - lower)[-1] > 1.2 * (upper - lower)[:-1].max()
+    assert case.model.unknown(new)["cell"].tolist() == [False] * 4 + [True]
+    mean, std = case.model.factor("cell", at=["nowhere"])
+    np.testing.assert_array_equal(mean, 0.0)
+    np.testing.assert_allclose(std[0] ** 2, case.model.hyperparameters_["cell"]["variance"][:2], rtol=1e-12)
+
+
+def test_an_unknown_label_gets_what_the_other_modes_say(cp):
+    with pytest.warns(UnknownLabelWarning):
+        mean = cp.predict(pd.DataFrame({"time": [2.5], "cell": ["nowhere"]}))
+    np.testing.assert_allclose(mean, cp.y_mean_ + cp.main_effect("time", [2.5])[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_planted_function_is_recovered_with_calibrated_intervals(form):
+    X, y = table(n=900, n_times=41, noise=0.3, seed=1)
+    model = FunBaT(2, form, n_init=1, tol=1e-2, random_state=0, progress=False).fit(X[:400], y[:400])
+    _, truth = table(n=900, n_times=41, noise=0.0, seed=1)  # the same rows
+    assert pt.metrics.rmse(truth[400:], model.predict(X[400:])) < 0.12
+    assert 0.80 <= pt.metrics.coverage(y[400:], *model.predict_interval(X[400:])) <= 0.97
+    assert model.noise_std_ == pytest.approx(0.3, rel=0.15)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("main_effects", [True, False])
+def test_no_seed_collapses_to_the_mean(form, main_effects):
+    for seed in range(4):
+        settings = QUICK | {"random_state": seed, "learn_hyperparameters": False}
+        assert FunBaT(form=form, main_effects=main_effects, **settings).fit(X, Y).score(X, Y) > 0.95
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("shift", "scale"), [(1e3, 1.0), (-7.0, 1e-6), (0.0, -1e6)])
+def test_results_follow_the_unit_of_y(form, shift, scale):
+    model = FunBaT(form=form, **QUICK).fit(X, Y)
+    other = FunBaT(form=form, **QUICK).fit(X, shift + scale * Y)
+    if scale < 0:  # the start is drawn, so that a flip of sign is another start
+        assert other.score(X, shift + scale * Y) > 0.97
+        return
+    mean, std = model.predict(NEW, return_std=True)
+    other_mean, other_std = other.predict(NEW, return_std=True)
+    np.testing.assert_allclose(other_mean, shift + scale * mean, rtol=1e-6)
+    np.testing.assert_allclose(other_std, scale * std, rtol=1e-6)
+    assert other.bound_ == pytest.approx(model.bound_ - len(Y) * math.log(scale), rel=1e-6)
+
+
+# What can be fitted
+
+
+def mixed_table(n: int = 60) -> tuple[pd.DataFrame, np.ndarray]:
+    rng = np.random.default_rng(2)
+    frame = pd.DataFrame(
+        {
+            "when": pd.Timestamp("2024-02-28") + pd.to_timedelta(rng.integers(0, 9, n) * 6, unit="h"),
+            "dose": rng.integers(0, 6, n) / 4,
+            "station": rng.choice(["north", "south", "east"], n),
+            "kind": pd.Categorical(rng.choice(["x", "y"], n), categories=["y", "x", "never"]),
+            "treated": rng.random(n) < 0.5,
+            "batch": rng.choice([2, 4, 10], n),
+        }
+    )
+    y = frame["dose"] * (frame["station"] == "north") + frame["treated"] + 0.1 * rng.normal(size=n)
+    return frame, y.to_numpy()
+
+
+def test_a_table_of_datetimes_floats_strings_categories_booleans_and_integers_is_fitted():
+    frame, y = mixed_table()
+    model = FunBaT(form="cp", **QUICK | {"rank": 1}).fit(frame, y)
+    kinds = [type(axis) for axis in model.axes_]
+    assert kinds == [pt.ContinuousAxis] * 2 + [pt.CategoricalAxis] * 4
+    assert model.score(frame, y) > 0.5
+    assert np.array_equal(model.predict(frame[frame.columns[::-1]]), model.predict(frame))
+    when, _ = model.factor("when", at=[pd.Timestamp("2024-02-28 01:30"), pd.Timestamp("2030-01-01")])
+    assert np.isfinite(when).all()
+    mean, std = model.factor("kind", at=["never"])  # a category without rows is known and has its prior
+    assert (mean[0, 0], std[0, 0] ** 2) == (0.0, pytest.approx(model.hyperparameters_["kind"]["variance"][0]))
+
+
+def test_integers_can_be_continuous_and_floats_categorical():
+    X = np.column_stack([np.arange(30) % 6, (np.arange(30) % 5) / 2])
+    axes = [pt.ContinuousAxis("mode_0", nu=2.5), pt.CategoricalAxis("mode_1")]
+    model = FunBaT(form="cp", axes=axes, **QUICK).fit(X, X[:, 0] + X[:, 1])
+    assert list(model.hyperparameters_["mode_0"]) == ["lengthscale", "variance"]
+    assert list(model.hyperparameters_["mode_1"]) == ["variance"]
+    assert model.axes_[0].nu == 2.5
+    assert np.isfinite(model.predict([[2.5, 1.0]])).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 5])
+def test_one_to_five_modes_are_fitted(form, K):
+    rng = np.random.default_rng(K)
+    X = np.column_stack([rng.integers(0, 3, 80) + (0.5 if k == 0 else 0.0) for k in range(K)]).astype(object)
+    for k in range(1, K):
+        X[:, k] = [f"label {int(x)}" for x in X[:, k]]
+    X[:, 0] = X[:, 0].astype(float)
+    y = sum(np.array([0.0, 1.0, -1.0])[pd.factorize(X[:, k])[0]] for k in range(K)) + 0.05 * rng.normal(size=80)
+    model = FunBaT(form=form, **QUICK | {"rank": 1}).fit(X, y)
+    assert model.rank_ == (1,) * K
+    assert model.score(X, y) > 0.9
+    assert (model.predict(X, return_std=True)[1] > 0).all()
+
+
+def test_ranks_may_differ_between_modes_in_tucker():
+    model = FunBaT(form="tucker", **QUICK | {"rank": (3, 2)}).fit(X, Y)
+    assert (model.rank_, model.core_.shape) == ((3, 2), (4, 3))
+    assert (model.factor("time")[0].shape, model.factor("cell")[0].shape) == ((12, 3), (4, 2))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("X", "y"),
+    [
+        ([[1.5, "a"]], [3.0]),
+        ([[1.5, "a"], [1.5, "a"]], [3.0, 4.0]),
+        ([[1.5, "a"], [1.5, "b"], [1.5, "c"]], [3.0, 4.0, 3.5]),
+        ([[1.5, "a"], [2.5, "a"], [4.5, "a"]], [3.0, 4.0, 3.5]),
+        ([[0.5, "a"], [1.5, "b"], [2.5, "a"]], [7.0, 7.0, 7.0]),
+    ],
+    ids=["one row", "one cell", "one coordinate", "one label", "constant y"],
+)
+def test_degenerate_tables_give_finite_results_around_the_mean(form, X, y):
+    model = FunBaT(form=form, **QUICK | {"rank": 1}).fit(X, y)
+    mean, std = model.predict([*X, [9.5, "a"]], return_std=True)
+    assert np.isfinite(mean).all()
+    assert (std > 0).all()
+    assert (np.abs(mean - np.mean(y)) <= 3 * std).all()
+    assert np.isfinite(model.bound_history_).all()
+
+
+def test_no_row_gives_no_prediction(case):
+    mean, std = case.model.predict(NEW[:0], return_std=True)
+    assert mean.shape == std.shape == (0,)
+    assert case.model.sample_y(NEW[:0], 2).shape == (0, 2)
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("observations", 6), ("sum", 3), ("mean", 3)])
+def test_duplicates_are_observations_or_merged(policy, expected):
+    X, y = [["a", 0.5], ["b", 0.5], ["a", 1.5]] * 2, [1.0, 2.0, 3.0, 3.0, 4.0, 5.0]
+    model = FunBaT(form="cp", duplicates=policy, **QUICK | {"rank": 1}).fit(X, y)
+    assert model._state.n_rows == expected
+    assert model.y_mean_ == pytest.approx(6.0 if policy == "sum" else 3.0)
+    if policy != "observations":
+        merged = np.array([4.0, 6.0, 8.0]) / (1 if policy == "sum" else 2)
+        again = FunBaT(form="cp", **QUICK | {"rank": 1}).fit(X[:3], merged)
+        assert np.array_equal(again.predict(X), model.predict(X))
+
+
+def test_the_cpu_can_be_asked_for():
+    model = FunBaT(form="cp", device="cpu", **QUICK).fit(X, Y)
+    assert {factor.mean.device.type for factor in model._state.factors} == {"cpu"}
+    mean, std = FunBaT(form="cp", device="auto", **QUICK).fit(X, Y).predict(NEW, return_std=True)
+    np.testing.assert_allclose(model.predict(NEW, return_std=True), (mean, std), rtol=1e-6)  # on a GPU, too
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"form": "parafac"}, 'form: expected "cp" or "tucker", got \'parafac\''),
+        ({"rank": 0}, "rank: expected integers of at least 1, got 0"),
+        ({"rank": 1.5}, "rank: expected integers of at least 1, got 1.5"),
+        ({"rank": True}, "rank: expected integers of at least 1, got True"),
+        ({"rank": (1, 2, 3)}, "rank: expected one number or 2, one for each mode, got (1, 2, 3)"),
+        ({"rank": "2"}, "rank: expected one number or 2, one for each mode, got '2'"),
+        ({"rank": 5}, "rank: expected at most 4 for mode 'cell', which has 4 distinct coordinates, got 5"),
+        ({"rank": (2, 1), "form": "cp"}, 'rank: expected the same rank for all modes with form="cp", got (2, 1)'),
+        ({"damping": 1.0}, "damping: expected a number in [0, 1), got 1.0"),
+        ({"damping": -0.1}, "damping: expected a number in [0, 1), got -0.1"),
+        ({"damping": math.nan}, "damping: expected a number in [0, 1), got nan"),
+        ({"damping": "0.5"}, "damping: expected a number in [0, 1), got '0.5'"),
+        ({"tol": -1e-3}, "tol: expected a number >= 0, got -0.001"),
+        ({"tol": math.nan}, "tol: expected a number >= 0, got nan"),
+        ({"tol": None}, "tol: expected a number >= 0, got None"),
+        ({"n_init": 0}, "n_init: expected an integer of at least 1, got 0"),
+        ({"n_init": 1.5}, "n_init: expected an integer of at least 1, got 1.5"),
+        ({"max_iter": 0}, "max_iter: expected an integer of at least 1, got 0"),
+        ({"max_iter": 2.5}, "max_iter: expected an integer of at least 1, got 2.5"),
+        ({"max_iter": "9"}, "max_iter: expected an integer of at least 1, got '9'"),
+        ({"noise_prior": (1.0, 0.0)}, "noise_prior: expected two positive numbers (shape, rate), got (1.0, 0.0)"),
+        ({"noise_prior": (1.0,)}, "noise_prior: expected two positive numbers (shape, rate), got (1.0,)"),
+        ({"noise_prior": 1.0}, "noise_prior: expected two positive numbers (shape, rate), got 1.0"),
+        ({"random_state": "0"}, "random_state: expected None, an integer >= 0 or a NumPy generator, got '0'"),
+        ({"random_state": -1}, "random_state: expected None, an integer >= 0 or a NumPy generator, got -1"),
+        ({"duplicates": "error"}, "X: expected distinct coordinates (duplicates='error'), got row"),
+        ({"device": "gpu"}, 'device: expected "auto", "cpu", "cuda" or another that torch knows, got \'gpu\''),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)
+def test_a_bad_parameter_is_named_with_what_was_expected_and_what_came(params, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FunBaT(**QUICK | params).fit(X, Y)
+
+
+def test_a_cp_rank_may_exceed_the_size_of_a_mode():
+    assert FunBaT(form="cp", **QUICK | {"rank": 5}).fit(X, Y).rank_ == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.predict(X),
+        lambda model: model.factor("time"),
+        lambda model: model.main_effect("time"),
+        lambda model: model.bound_,
+        lambda model: model.noise_std_,
+        lambda model: model.core_,
+        lambda model: model.hyperparameters_,
+        lambda model: model.save("never.model"),
+    ],
+    ids=["predict", "factor", "main_effect", "bound_", "noise_std_", "core_", "hyperparameters_", "save"],
+)
+def test_use_before_fit_says_so(use):
+    with pytest.raises(NotFittedError, match="not fitted yet"):
+        use(FunBaT())
+
+
+def test_a_refit_with_a_bad_parameter_leaves_the_earlier_fit():
+    model = FunBaT(form="cp", **QUICK).fit(X, Y)
+    before = model.predict(NEW)
+    with pytest.raises(ValueError, match="max_iter"):
+        model.set_params(max_iter=0).fit(X.assign(time=X["time"] + 50.0), 100.0 * Y)
+    assert np.array_equal(model.predict(NEW), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_learning_hyperparameters_keep_their_starts(form):
+    model = FunBaT(form=form, learn_hyperparameters=False, **QUICK).fit(X, Y)
+    n_functions = 3 if form == "cp" else 2
+    np.testing.assert_allclose(model.hyperparameters_["time"]["lengthscale"], [10.0 / 5] * n_functions)
+    np.testing.assert_array_equal(model.hyperparameters_["time"]["variance"], 1.0)
+    np.testing.assert_array_equal(model.hyperparameters_["cell"]["variance"], 1.0)
+
+
+def test_learning_hyperparameters_raises_the_bound(case):
+    fixed = FunBaT(form=case.form, main_effects=case.main_effects, learn_hyperparameters=False, **QUICK).fit(X, Y)
+    assert case.model.bound_ > fixed.bound_ + 1.0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_damping_ends_where_no_damping_ends(form):
+    settings = QUICK | {"rank": 1, "learn_hyperparameters": False, "tol": 1e-3}
+    plain = FunBaT(form=form, **settings).fit(X, Y)
+    damped = FunBaT(form=form, damping=0.5, **settings).fit(X, Y)
+    assert damped.n_iter_ > plain.n_iter_
+    assert damped.bound_ == pytest.approx(plain.bound_, abs=0.5)
+    np.testing.assert_allclose(damped.predict(NEW), plain.predict(NEW), atol=0.06)
+
+
+def test_damping_keeps_its_share_of_the_old_message():
+    def sites(damping):
+        with pytest.warns(ConvergenceWarning):
+            model = FunBaT(form="cp", damping=damping, **QUICK | {"max_iter": 1}).fit(X, Y)
+        return model._state.factors[0].sites
+
+    # From no message at all, the first update of the first mode is the share of the new one.
+    for old, new in zip(sites(0.0), sites(0.75), strict=True):
+        torch.testing.assert_close(new, 0.25 * old)
+
+
+@pytest.mark.parametrize("make", [np.random.default_rng, np.random.RandomState])
+def test_a_numpy_generator_seeds_the_start(make):
+    first, second = (FunBaT(form="cp", **QUICK | {"random_state": make(4)}).fit(X, Y) for _ in range(2))
+    assert same(first, second)
+
+
+# The loop
+
+
+class Scripted:
+    """A model whose trials have bounds written down in advance; its state is (trial, sweep)."""
+
+    blocks = ("only",)
+
+    def __init__(self, *scripts):
+        self.scripts = scripts
+
+    def local_start(self, rows):
+        return torch.zeros(1)
+
+    def start(self, statistics, generator, trial):
+        return trial, 0
+
+    def local_statistics(self, state, block, rows):
+        return torch.zeros(1)
+
+    def update(self, state, block, statistics):
+        return state
+
+    def end_sweep(self, state):
+        return state[0], state[1] + 1
+
+    def bound(self, state):
+        script = self.scripts[state[0]]
+        return torch.tensor(script[min(state[1], len(script)) - 1], dtype=torch.float64)
+
+
+def loop(model, **settings):
+    defaults = {"comm": Serial(), "generator": torch.Generator(), "max_iter": 50, "tol": 1e-3, "scale": 1.0}
+    return message_passing.run(model, None, **defaults | settings)
+
+
+def test_the_start_with_the_highest_bound_after_screening_goes_on():
+    falls_behind, wins = [*range(10, 20)], [*range(1, 10), 30, 31, 31, 31]
+    result = loop(Scripted(falls_behind, wins, [0.0]), n_init=3, tol=0.0)
+    assert result.state == (1, 13)
+    assert result.bound_history == [float(x) for x in wins]
+    assert (result.n_iter, result.converged) == (13, True)
+
+
+def test_a_pause_of_one_sweep_is_no_convergence():
+    result = loop(Scripted([1.0, 2.0, 2.0, 3.0, 3.0, 3.0]), tol=0.0)
+    assert (result.n_iter, result.converged) == (6, True)
+
+
+def test_the_size_of_the_change_is_relative_to_bound_or_rows():
+    assert loop(Scripted([*np.arange(1000.0, 1050.0)]), tol=2.1e-3, scale=1.0).n_iter == 3
+    assert loop(Scripted([*np.linspace(0.0, 49.0, 50)]), tol=2.1e-3, scale=1000.0).n_iter == 3
+    with pytest.warns(ConvergenceWarning):
+        assert not loop(Scripted([*np.linspace(0.0, 49.0, 50)]), tol=2.1e-3, scale=1.0).converged
+
+
+def test_a_bound_that_is_not_finite_is_an_error_that_says_what_to_try():
+    with pytest.raises(FloatingPointError, match=r"bound is nan after 3 sweeps; try damping=0.5 or look for extreme"):
+        loop(Scripted([1.0, 2.0, math.nan]))
+
+
+# Output, files, scikit-learn
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_only_where_asked_for(progress, monkeypatch, capsys):
+    monkeypatch.setattr(message_passing, "SHOW_AFTER", 0.0)
+    FunBaT(form="cp", **QUICK | {"progress": progress, "learn_hyperparameters": False}).fit(X, Y)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("sweeps" in err) == progress
+
+
+def test_a_model_can_be_pickled(case):
+    buffer = io.BytesIO()
+    joblib.dump(case.model, buffer)
+    buffer.seek(0)
+    assert same(joblib.load(buffer), case.model)
+    assert same(pickle.loads(pickle.dumps(case.model)), case.model)
+
+
+def test_a_saved_model_is_the_same_model(case, tmp_path):
+    case.model.save(tmp_path / "a.model")
+    loaded = pt.load(tmp_path / "a.model")
+    assert same(loaded, case.model)
+    for name in ("bound_history_", "n_iter_", "converged_", "stop_reason_", "noise_std_", "rank_", "y_mean_", "axes_"):
+        assert getattr(loaded, name) == getattr(case.model, name)
+    params = {name: tuple(x) if isinstance(x, list) else x for name, x in loaded.get_params().items()}
+    assert params == case.model.get_params()  # a tuple comes back as a list
+    assert np.array_equal(loaded.sample_y(NEW, 3), case.model.sample_y(NEW, 3))
+    assert all(np.array_equal(*pair) for pair in zip(loaded.factor("time"), case.model.factor("time"), strict=True))
+    loaded.save(tmp_path / "b.model")
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+
+
+def test_parameters_of_numpy_can_be_saved(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {"rank": np.int64(1), "tol": np.float64(10.0), "damping": np.float32(0.0), "random_state": rng}
+    FunBaT(form="cp", axes=[pt.ContinuousAxis("time", nu=0.5)], **QUICK | params).fit(X, Y).save(tmp_path / "a.model")
+    loaded = pt.load(tmp_path / "a.model")
+    assert (loaded.rank, loaded.tol, loaded.random_state, loaded.axes[0].nu) == (1, 10.0, None, 0.5)
+    assert loaded.fit(X, Y).score(X, Y) > 0.5  # and it can be fitted anew
+
+
+def test_clone_copies_the_parameters_and_no_fit(cp):
+    copy = clone(cp)
+    assert copy.get_params() == cp.get_params()
+    assert not hasattr(copy, "axes_")
+    assert same(copy.fit(X, Y), cp)
+
+
+def test_the_default_parameters_are_stored_as_they_are():
+    assert FunBaT().get_params() == {
+        "rank": 3,
+        "form": "tucker",
+        "axes": None,
+        "main_effects": True,
+        "max_iter": 200,
+        "tol": 1e-3,
+        "n_init": 3,
+        "damping": 0.0,
+        "learn_hyperparameters": True,
+        "noise_prior": (1.0, 1.0),
+        "duplicates": "observations",
+        "device": "auto",
+        "random_state": None,
+        "progress": True,
+    }
+
+
+def test_cross_validation_and_a_search_over_ranks_work_on_data_frames():
+    fast = QUICK | {"learn_hyperparameters": False}
+    scores = cross_val_score(FunBaT(form="cp", **fast), X, Y, cv=3)
+    assert scores.shape == (3,)
+    assert (scores > 0.8).all()
+    search = GridSearchCV(FunBaT(**fast), {"rank": [1, (2, 1)], "form": ["tucker"]}, cv=2).fit(X, Y)
+    assert search.best_params_["rank"] in (1, (2, 1))
+    assert search.predict(NEW).shape == (len(NEW),)

@@ -1,0 +1,371 @@
+"""Updates, bound and predictions of the functional tensor model against row-by-row, dense mathematics."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Gamma as TorchGamma
+from torch.distributions import kl_divergence
+
+from probtensor.contract import unpack
+from probtensor.gaussian import Gamma
+from probtensor.inference.kalman import Sites
+from probtensor.models import FunBaT
+from probtensor.models.functional_tucker import FunctionalTucker, Rows, State
+from probtensor.models.latent_functions import GaussianProcess, IndependentRows
+from tests.reference import (
+    F64,
+    blocks,
+    close,
+    condition_on_ones,
+    core_posterior,
+    dense_kl,
+    dense_posterior,
+    dense_prior,
+    entry,
+    entry_second,
+    f64,
+    mode_statistics,
+    squared_error,
+    superdiagonal,
+)
+
+LIKE = torch.empty(0, dtype=F64)
+SIZES = (5, 4, 6, 3, 3)
+NUS = (1.5, None, 0.5, 2.5, None)  # None: a categorical mode
+TUCKER_RANKS = (2, 3, 1, 2, 1)
+
+
+def build(
+    form: str, K: int, *, main_effects: bool, ranks: tuple[int, ...] | None = None, **options
+) -> FunctionalTucker:
+    """A model of K modes, continuous and categorical, as the estimator would build it."""
+    ranks = ranks or (TUCKER_RANKS[:K] if form == "tucker" else (2,) * K)
+    extra = main_effects and K > 1
+    if form == "tucker":
+        free = [[False] * extra + [True] * r for r in ranks]
+    else:
+        free = [[True] * ranks[0] + [j == k for j in range(K)] * extra for k in range(K)]
+    functions = []
+    for size, nu in zip(SIZES[:K], NUS[:K], strict=True):
+        steps = torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=F64) + 0.3
+        functions.append(IndependentRows(size, LIKE) if nu is None else GaussianProcess(steps.cumsum(0), nu))
+    noise_prior = Gamma(f64(1.3), f64(0.8))
+    return FunctionalTucker(tuple(functions), tuple(map(torch.tensor, free)), form, noise_prior, **options)
+
+
+def make_rows(K: int, n: int, seed: int = 0) -> Rows:
+    """Cells at random, some of them twice, some coordinates never; values with structure and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.stack([torch.randint(size, (n,), generator=generator) for size in SIZES[:K]])
+    positions[0][positions[0] == 1] = 0  # coordinate 1 of the first mode is in no row
+    effects = [torch.randn(size, generator=generator, dtype=F64) for size in SIZES[:K]]
+    values = math.prod(e[p] for e, p in zip(effects, positions, strict=True)) + sum(
+        e.flip(0)[p] for e, p in zip(effects, positions, strict=True)
+    )
+    values = values + 0.3 * torch.randn(n, generator=generator, dtype=F64)
+    return Rows(positions, (values - values.mean()) / values.std())
+
+
+def begin(model: FunctionalTucker, rows: Rows, seed: int = 0, trial: int = 0) -> State:
+    return model.start(model.local_start(rows), torch.Generator().manual_seed(seed), trial)
+
+
+@torch.no_grad()
+def sweeps(model: FunctionalTucker, rows: Rows, state: State, n: int) -> tuple[State, list[float]]:
+    bounds = []
+    for _ in range(n):
+        for block in model.blocks:
+            state = model.update(state, block, model.local_statistics(state, block, rows))
+        state = model.end_sweep(state)
+        bounds.append(float(model.bound(state)))
+    return state, bounds
+
+
+def dense_core(model: FunctionalTucker, state: State) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the core; CP has a known one."""
+    if state.core is not None:
+        return state.core.mean.reshape(model.ranks), state.core.covariance
+    size = math.prod(model.ranks)
+    return superdiagonal(model.ranks[0], len(model.ranks)), torch.zeros(size, size, dtype=F64)
+
+
+def dense_moments(state: State) -> tuple[list[Tensor], list[Tensor]]:
+    return [f.mean for f in state.factors], [unpack(f.second) for f in state.factors]
+
+
+def mode_prior(model: FunctionalTucker, state: State, mode: int) -> Tensor:
+    """Prior covariance (T, F, T, F) of the mode's latent functions."""
+    f, hyper = model.functions[mode], state.factors[mode].log_hyperparameters
+    if isinstance(f, GaussianProcess):
+        return dense_prior(f.nu, f.coordinates, *hyper.exp())
+    prior = torch.zeros(f.size, hyper.shape[1], f.size, hyper.shape[1], dtype=F64)
+    for i in range(f.size):
+        prior[i, :, i, :] = torch.diag(hyper[0].exp())
+    return prior
+
+
+MODELS = [
+    (form, K, main_effects)
+    for form in ("cp", "tucker")
+    for K in (1, 2, 3)
+    for main_effects in ((True, False) if K > 1 else (False,))
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[0]}-{p[1]}-{'effects' if p[2] else 'plain'}")
+def fitted(request) -> tuple[FunctionalTucker, Rows, State]:
+    """A tiny problem after some sweeps: noise and hyperparameters have moved."""
+    form, K, main_effects = request.param
+    model, rows = build(form, K, main_effects=main_effects, log_scale=0.7), make_rows(K, 14)
+    return model, rows, sweeps(model, rows, begin(model, rows), 6)[0]
+
+
+# --- one update of each block -----------------------------------------------------------------------------------------
+
+
+def test_statistics_of_a_mode_are_sums_over_its_rows(fitted):
+    model, rows, state = fitted
+    for mode, rank in enumerate(model.ranks):
+        statistics = model.local_statistics(state, mode, rows)
+        precision, shift = mode_statistics(*dense_core(model, state), mode, *dense_moments(state), *rows)
+        assert close(unpack(statistics[:, :-rank]), precision, 1e-11)
+        assert close(statistics[:, -rank:], shift, 1e-11)
+
+
+def test_update_of_a_mode_conditions_on_its_columns_of_ones(fitted):
+    model, rows, state = fitted
+    model = replace(model, learn=False)
+    for mode, free in enumerate(model.free):
+        new = model.update(state, mode, model.local_statistics(state, mode, rows))
+        tau = state.noise.mean
+        precision, shift = mode_statistics(*dense_core(model, state), mode, *dense_moments(state), *rows)
+        prior = mode_prior(model, state, mode)
+        mean, covariance = condition_on_ones(prior, free, tau * precision, tau * shift)
+        factor = new.factors[mode]
+        assert close(factor.mean[:, free], mean)
+        assert torch.equal(factor.mean[:, ~free], torch.ones_like(factor.mean[:, ~free]))
+        second = unpack(factor.second)
+        outer = factor.mean[:, :, None] * factor.mean[:, None, :]
+        assert close((second - outer)[:, free][:, :, free], blocks(covariance))
+        assert close(second[:, ~free], outer[:, ~free], 1e-14)
+        assert close(factor.divergence, dense_kl(mean, covariance, prior), 1e-8)
+        error = squared_error(*dense_core(model, new), *dense_moments(new), *rows)
+        assert float(new.squared_error) == pytest.approx(error, rel=1e-10)
+
+
+def test_update_of_the_core_uses_its_prior_and_all_second_moments(fitted):
+    model, rows, state = fitted
+    if state.core is None:
+        assert "core" not in model.blocks
+        return
+    new = model.update(state, "core", model.local_statistics(state, "core", rows))
+    mean, covariance = core_posterior(state.noise.mean, *dense_moments(state), *rows)
+    assert close(new.core.mean, mean, 1e-10)
+    assert close(new.core.covariance, covariance, 1e-10)
+
+
+def test_update_of_the_noise(fitted):
+    model, rows, state = fitted
+    new = model.end_sweep(state)
+    error = squared_error(*dense_core(model, state), *dense_moments(state), *rows)
+    assert float(new.noise.shape) == pytest.approx(1.3 + 14 / 2)
+    assert float(new.noise.rate) == pytest.approx(0.8 + error / 2, rel=1e-10)
+    assert new.sweep == state.sweep + 1
+
+
+def test_noise_and_hyperparameters_wait_for_the_factors():
+    model, rows = build("tucker", 2, main_effects=True), make_rows(2, 14)
+    first = begin(model, rows)
+    state, _ = sweeps(model, rows, first, 4)
+    for now, then in zip(state.factors, first.factors, strict=True):
+        assert torch.equal(now.log_hyperparameters, then.log_hyperparameters)
+    assert state.noise == first.noise
+    state, _ = sweeps(model, rows, state, 1)
+    assert state.noise != first.noise
+    assert not torch.equal(state.factors[0].log_hyperparameters, first.factors[0].log_hyperparameters)
+
+
+@pytest.mark.parametrize("block", ["core", 0, 1, 2])
+def test_statistics_add_up_over_parts_and_chunks_of_the_rows(monkeypatch: pytest.MonkeyPatch, block):
+    model, rows = build("tucker", 3, main_effects=True), make_rows(3, 200)
+    state = begin(model, rows)
+    state, _ = sweeps(model, rows, state, 1)
+    whole = model.local_statistics(state, block, rows)
+    parts = [
+        Rows(rows.positions[:, s], rows.values[s]) for s in (slice(0, 1), slice(1, 1), slice(1, 150), slice(150, 200))
+    ]
+    assert close(sum(model.local_statistics(state, block, p) for p in parts), whole, 1e-12)
+    monkeypatch.setattr("probtensor.models.functional_tucker.CHUNK", 1)
+    assert len(list(model._chunks(200))) > 2
+    assert close(model.local_statistics(state, block, rows), whole, 1e-12)
+
+
+# --- the bound --------------------------------------------------------------------------------------------------------
+
+
+def test_bound_equals_the_dense_evidence_lower_bound(fitted):
+    model, rows, state = fitted
+    core, covariance = dense_core(model, state)
+    means, seconds = dense_moments(state)
+    q, p = TorchGamma(*state.noise), TorchGamma(*model.noise_prior)
+    mean_log = torch.digamma(state.noise.shape) - state.noise.rate.log()
+    error = squared_error(core, covariance, means, seconds, *rows)
+    expected = 14 * (0.5 * mean_log - 0.5 * math.log(2 * math.pi) - 0.7) - 0.5 * state.noise.mean * error
+    expected = expected - kl_divergence(q, p)
+    for mode, factor in enumerate(state.factors):
+        prior = mode_prior(model, state, mode)
+        mean, joint, _ = dense_posterior(prior, *factor.sites)
+        expected = expected - dense_kl(mean, joint, prior)
+    if state.core is not None:
+        expected = expected - dense_kl(*state.core, torch.eye(len(state.core.mean), dtype=F64))
+    assert float(model.bound(state)) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["cp", "tucker"])
+@pytest.mark.parametrize(("K", "main_effects"), [(1, False), (2, True), (3, True), (3, False), (4, True), (5, True)])
+def test_the_bound_never_falls(form: str, K: int, main_effects: bool):
+    model, rows = build(form, K, main_effects=main_effects), make_rows(K, 60, seed=K)
+    start = begin(model, rows, seed=K, trial=K % 3)
+    state, bounds = sweeps(model, rows, start, 30)
+    changes = np.diff(bounds)
+    assert (changes >= -1e-9 * max(abs(bounds[-1]), 60)).all(), changes.min()
+    assert bounds[-1] > bounds[0]
+    for now, then in zip(state.factors, start.factors, strict=True):
+        assert not torch.equal(now.log_hyperparameters, then.log_hyperparameters)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 30])
+def test_hyperparameters_start_inside_their_bounds(size: int):
+    # The optimiser moves a start from outside onto the bound, and the evidence bound could fall.
+    model = build("cp", 2, main_effects=True)
+    model = replace(model, functions=(GaussianProcess(torch.arange(size, dtype=F64), 1.5), IndependentRows(4, LIKE)))
+    rows = Rows(torch.zeros(2, 3, dtype=torch.int64), f64([1.0, 2.0, 3.0]))
+    for f, factor in zip(model.functions, begin(model, rows).factors, strict=True):
+        lower, upper = f.bounds(3)
+        assert ((lower <= factor.log_hyperparameters) & (factor.log_hyperparameters <= upper)).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_bound_never_falls_on_axes_of_few_coordinates(size: int):
+    functions = (GaussianProcess(torch.arange(size, dtype=F64), 1.5), GaussianProcess(torch.arange(6, dtype=F64), 0.5))
+    model = replace(build("cp", 2, main_effects=True), functions=functions)
+    generator = torch.Generator().manual_seed(size)
+    positions = torch.stack([torch.randint(f.size, (50,), generator=generator) for f in functions])
+    values = torch.where(positions[0] % 2 == 0, 1.0, -1.0).double() + 0.1 * positions[1]
+    rows = Rows(positions, values + 0.1 * torch.randn(50, generator=generator, dtype=F64))
+    _, bounds = sweeps(model, rows, begin(model, rows), 20)
+    assert (np.diff(bounds) >= -1e-9 * max(abs(bounds[-1]), 50)).all()
+
+
+@pytest.mark.parametrize("form", ["cp", "tucker"])
+def test_damping_keeps_the_fixed_point(form: str):
+    plain, rows = build(form, 2, main_effects=False, ranks=(1, 1), learn=False), make_rows(2, 40)
+    damped = replace(plain, damping=0.4)
+    start = begin(plain, rows)
+    state, undamped = sweeps(plain, rows, start, 60)
+    other, bounds = sweeps(damped, rows, start, 100)
+    assert bounds[-1] == pytest.approx(undamped[-1], abs=5e-3)
+    assert close(other.noise.rate, state.noise.rate, 1e-3)
+    _, (bound,) = sweeps(damped, rows, state, 1)
+    assert bound == pytest.approx(undamped[-1], abs=1e-4)
+
+
+def test_damped_messages_are_mixtures_of_old_and_new():
+    plain, rows = build("tucker", 2, main_effects=True, learn=False), make_rows(2, 40)
+    state, _ = sweeps(plain, rows, begin(plain, rows), 5)
+    damped = replace(plain, damping=0.3)
+    statistics = plain.local_statistics(state, 0, rows)
+    old, new, mixed = (
+        s.factors[0].sites for s in (state, plain.update(state, 0, statistics), damped.update(state, 0, statistics))
+    )
+    assert close(mixed.precision, 0.3 * old.precision + 0.7 * new.precision, 1e-12)
+    assert close(mixed.shift, 0.3 * old.shift + 0.7 * new.shift, 1e-12)
+    statistics = plain.local_statistics(state, "core", rows)
+    cores = [s.core for s in (state, plain.update(state, "core", statistics), damped.update(state, "core", statistics))]
+    old_p, new_p, mixed_p = (torch.linalg.inv(c.covariance) for c in cores)
+    assert close(mixed_p, 0.3 * old_p + 0.7 * new_p, 1e-9)
+    shifts = [p @ c.mean for p, c in zip((old_p, new_p, mixed_p), cores, strict=True)]
+    assert close(shifts[2], 0.3 * shifts[0] + 0.7 * shifts[1], 1e-9)
+
+
+# --- prediction -------------------------------------------------------------------------------------------------------
+
+
+def new_coordinates(model: FunctionalTucker) -> list[Tensor]:
+    """Seen, between, outside; known and unknown labels."""
+    continuous = f64([-3.0, 0.9, 1.7, 40.0, 1.7])
+    categorical = torch.tensor([0, -1, 2, 1, 2])
+    return [continuous if isinstance(f, GaussianProcess) else categorical for f in model.functions]
+
+
+def test_predictive_moments_equal_brute_force(fitted):
+    model, _, state = fitted
+    coordinates = new_coordinates(model)
+    mean, variance = model.predict(state, coordinates)
+    core, core_covariance = dense_core(model, state)
+    for n in range(5):
+        vectors, seconds = [], []
+        for mode, free in enumerate(model.free):
+            moments = model.functions_at(state, mode, coordinates[mode][n : n + 1])
+            u, M = torch.ones(len(free), dtype=F64), torch.ones(len(free), len(free), dtype=F64)
+            u[free] = moments.mean[0]
+            M = torch.outer(u, u)
+            index = free.nonzero().squeeze(-1)
+            M[index[:, None], index] += moments.covariance[0]
+            vectors.append(u)
+            seconds.append(M)
+        f = entry(core, vectors)
+        assert float(mean[n]) == pytest.approx(f, rel=1e-10, abs=1e-12)
+        expected = entry_second(core, core_covariance, seconds) - f**2
+        assert float(variance[n]) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+def test_draws_have_the_predictive_moments(fitted):
+    model, _, state = fitted
+    n_draws, coordinates = 3000, new_coordinates(model)
+    draws = model.sample(state, coordinates, n_draws, torch.Generator().manual_seed(0))
+    assert draws.shape == (n_draws, 5)
+    assert close(draws[:, 2], draws[:, 4], 1e-12)  # one joint draw: equal cells are equal
+    mean, variance = model.predict(state, coordinates)
+    assert ((draws.mean(0) - mean).abs() <= 4.5 * (variance / n_draws).sqrt()).all()
+    squares = (draws - mean) ** 2
+    assert ((squares.mean(0) - variance).abs() <= 5 * squares.std(0) / math.sqrt(n_draws)).all()
+
+
+def test_posterior_is_a_function_of_sites_and_hyperparameters(fitted):
+    model, _, state = fitted
+    for mode, factor in enumerate(state.factors):
+        again = model.factor(mode, Sites(*factor.sites), factor.log_hyperparameters)
+        assert torch.equal(again.mean, factor.mean)
+        assert torch.equal(again.second, factor.second)
+        assert torch.equal(again.divergence, factor.divergence)
+
+
+# --- planted tensors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_planted_tucker_tensor_is_found_from_every_seed(rank: int, seed: int):
+    # The authors' code: median error .583 at rank 3, since the core's axes change order between update and prediction.
+    rng = np.random.default_rng([rank, seed])
+    X = rng.uniform(size=(600, 3)).round(2)  # a coordinate has six rows
+    waves = rng.uniform(1, 6, size=(3, rank)), rng.uniform(0, 2 * np.pi, size=(3, rank))
+    factors = [np.sin(X[:, [k]] * waves[0][k] + waves[1][k]) for k in range(3)]
+    core = rng.normal(size=(rank,) * 3)
+    clean = np.einsum("na,nb,nc,abc->n", *factors, core)
+    clean /= clean.std()
+    y = clean + 0.05 * rng.normal(size=600)
+    train, test = slice(0, 450), slice(450, None)
+    model = FunBaT(rank=rank, n_init=1, max_iter=60, tol=1e-2, random_state=seed, progress=False).fit(
+        X[train], y[train]
+    )
+    mean, std = model.predict(X[test], return_std=True)
+    assert np.sqrt(np.mean((mean - clean[test]) ** 2)) < 0.1
+    # The noise prior Gamma(1, 1) counts like two rows of noise variance one: with 450 rows, .05 becomes .083.
+    assert 0.05 < model.noise_std_ < 0.12
+    assert np.mean(np.abs(mean - y[test]) < 1.96 * std) > 0.9

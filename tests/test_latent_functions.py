@@ -1,0 +1,207 @@
+"""Priors of a mode and their posteriors, at seen and unseen coordinates, against dense formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from probtensor.axes import CategoricalAxis, ContinuousAxis
+from probtensor.inference.kalman import Sites
+from probtensor.models.latent_functions import GaussianProcess, IndependentRows, LatentFunctions, latent_functions
+from tests.reference import (
+    F64,
+    blocks,
+    close,
+    dense_gp,
+    dense_gp_at,
+    dense_posterior,
+    f64,
+    random_sites,
+)
+
+NUS = [0.5, 1.5, 2.5]
+TIMES = f64([-1.0, 0.0, 0.3, 0.300001, 2.0, 5.5, 6.0])
+HYPER = f64([[0.4, -0.9], [0.2, -0.7]])  # log lengthscale and log variance of two components
+WHERE = {
+    "inside": f64([-0.5, 0.1, 0.3000005, 1.0, 3.0, 5.9]),
+    "left": f64([-1.000001, -1.5, -4.0, -1e6]),
+    "right": f64([6.000001, 6.4, 9.0, 1e6]),
+    "at the data": TIMES,
+    "out of order and repeated": f64([7.0, 2.0, -3.0, 2.0, 0.1]),
+    "nowhere": f64([]),
+}
+
+
+def sites_of(T: int, R: int = 2, seed: int = 0) -> Sites:
+    return Sites(*random_sites(torch.Generator().manual_seed(seed), T, R))
+
+
+def moments_at(f: LatentFunctions, hyper: Tensor, sites: Sites, where: Tensor) -> tuple[Tensor, Tensor]:
+    return f.at(hyper, sites, f.posterior(hyper, sites)[0], where)
+
+
+# --- Gaussian processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nu", NUS)
+@pytest.mark.parametrize("T", [1, 2, 5, 7])
+def test_posterior_at_the_data_equals_the_dense_process(nu: float, T: int):
+    f, sites = GaussianProcess(TIMES[:T], nu), sites_of(T)
+    posterior, log_z = f.posterior(HYPER, sites)
+    mean, covariance = f.moments(HYPER, posterior)
+    expected_mean, expected_covariance, expected_log_z = dense_gp(nu, TIMES[:T], *HYPER.exp(), *sites)
+    assert close(mean, expected_mean)
+    assert close(covariance, blocks(expected_covariance))
+    assert close(log_z, expected_log_z)
+    assert close(f.log_normalizer(HYPER, sites), expected_log_z)
+
+
+@pytest.mark.parametrize("nu", NUS)
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_prediction_equals_the_dense_process(nu: float, where: str, T: int):
+    f, sites, x = GaussianProcess(TIMES[:T], nu), sites_of(T), WHERE[where]
+    mean, covariance = moments_at(f, HYPER, sites, x)
+    expected_mean, expected_covariance = dense_gp_at(nu, TIMES[:T], *HYPER.exp(), *sites, x)
+    assert close(mean, expected_mean)
+    if len(x):
+        assert close(covariance, blocks(expected_covariance))
+    assert covariance.shape == (len(x), 2, 2)
+
+
+@pytest.mark.parametrize("nu", NUS)
+def test_left_of_the_data_the_prior_comes_back(nu: float):
+    # The authors' code inverts A there: the mean grows like exp(distance), the variance becomes negative.
+    f, sites = GaussianProcess(TIMES, nu), sites_of(7)
+    mean, covariance = moments_at(f, HYPER, sites, f64([-1e3, 1e3]))
+    assert close(mean, torch.zeros_like(mean), 1e-12)
+    assert close(covariance, torch.diag(HYPER[1].exp()).expand(2, 2, 2), 1e-12)
+
+
+@pytest.mark.parametrize("nu", NUS)
+def test_gradients_of_the_normaliser_in_the_log_hyperparameters(nu: float):
+    f, sites = GaussianProcess(TIMES, nu), sites_of(7)
+    hyper = HYPER.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(dense_gp(nu, TIMES, *hyper.exp(), *sites)[2], hyper)
+    (alone,) = torch.autograd.grad(f.log_normalizer(hyper, sites), hyper)
+    (with_posterior,) = torch.autograd.grad(f.posterior(hyper, sites)[1], hyper)
+    assert close(alone, expected)
+    assert close(with_posterior, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 30])
+@pytest.mark.parametrize("spread", [1e-6, 1.0, 1e5])
+def test_bounds_of_the_lengthscale_follow_the_unit_of_the_axis(size: int, spread: float):
+    f, unit = (GaussianProcess(x * torch.arange(size, dtype=F64), 1.5) for x in (spread, 1.0))
+    shift = math.log(spread) if size > 1 else 0.0
+    for mine, right in zip(
+        (f.bounds(3)[:, 0], f.initial_hyperparameters(3)[0]),
+        (unit.bounds(3)[:, 0], unit.initial_hyperparameters(3)[0]),
+        strict=True,
+    ):
+        assert close(mine, right + shift, 1e-12)
+    assert (f.bounds(3)[0] < f.bounds(3)[1]).all()
+
+
+@pytest.mark.parametrize("nu", NUS)
+def test_draws_are_joint_and_have_the_posterior_moments(nu: float):
+    n, f, sites = 4000, GaussianProcess(TIMES[:5], nu), sites_of(5)
+    where = f64([2.0, -2.0, 0.1, 3.0, 0.1])  # seen, left, inside, right, a repeat
+    draws = f.sample(HYPER, sites, where, n, torch.Generator().manual_seed(0))
+    assert draws.shape == (n, 5, 2)
+    assert torch.equal(draws[:, 2], draws[:, 4])
+    mean, covariance = dense_gp_at(nu, TIMES[:5], *HYPER.exp(), *sites, where[:4])
+    assert_moments(draws[:, :4].reshape(n, 8), mean.reshape(8), covariance.reshape(8, 8))
+
+
+def assert_moments(draws: Tensor, mean: Tensor, covariance: Tensor) -> None:
+    """Empirical moments within four and a half standard errors."""
+    n, variance = len(draws), covariance.diagonal()
+    assert ((draws.mean(0) - mean).abs() <= 4.5 * (variance / n).sqrt()).all()
+    error = (torch.cov(draws.T) - covariance).abs()
+    assert (error <= 4.5 * ((variance[:, None] * variance + covariance**2) / n).sqrt() + 1e-12).all()
+
+
+def test_hyperparameters_are_named_in_the_unit_of_the_axis():
+    named = GaussianProcess(TIMES, 1.5).named(HYPER)
+    assert close(named["lengthscale"], HYPER[0].exp(), 1e-15)
+    assert close(named["variance"], HYPER[1].exp(), 1e-15)
+    assert close(IndependentRows(3, F0).named(HYPER[1:])["variance"], HYPER[1].exp(), 1e-15)
+
+
+# --- independent rows -------------------------------------------------------------------------------------------------
+
+F0 = torch.empty(0, dtype=F64)
+
+
+def dense_rows(size: int, hyper: Tensor) -> Tensor:
+    prior = torch.zeros(size, hyper.shape[1], size, hyper.shape[1], dtype=F64)
+    for i in range(size):
+        prior[i, :, i, :] = torch.diag(hyper[0].exp())
+    return prior
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("R", [1, 3])
+def test_posterior_of_independent_rows_equals_the_dense_formula(size: int, R: int):
+    hyper = f64([[0.3, -1.2, 0.0][:R]])
+    f, sites = IndependentRows(size, F0), sites_of(size, R)
+    posterior, log_z = f.posterior(hyper, sites)
+    mean, covariance, expected_log_z = dense_posterior(dense_rows(size, hyper), *sites)
+    moments = f.moments(hyper, posterior)
+    assert close(moments.mean, mean, 1e-11)
+    assert close(moments.covariance, blocks(covariance), 1e-11)
+    assert close(log_z, expected_log_z, 1e-11)
+    assert close(f.log_normalizer(hyper, sites), expected_log_z, 1e-11)
+
+
+def test_gradients_of_the_normaliser_of_independent_rows():
+    hyper, sites = f64([[0.3, -1.2]]).requires_grad_(), sites_of(4)
+    (ours,) = torch.autograd.grad(IndependentRows(4, F0).log_normalizer(hyper, sites), hyper)
+    (dense,) = torch.autograd.grad(dense_posterior(dense_rows(4, hyper), *sites)[2], hyper)
+    assert close(ours, dense, 1e-11)
+
+
+def test_an_unknown_label_has_its_prior():  # case 15
+    hyper, sites, f = f64([[0.3, -1.2]]), sites_of(4), IndependentRows(4, F0)
+    where = torch.tensor([2, -1, 0, -1, 3])
+    mean, covariance = moments_at(f, hyper, sites, where)
+    seen_mean, seen_covariance = f.moments(hyper, f.posterior(hyper, sites)[0])
+    for i, label in enumerate(where.tolist()):
+        known = label >= 0
+        assert torch.equal(mean[i], seen_mean[label] if known else torch.zeros(2, dtype=F64))
+        assert torch.equal(covariance[i], seen_covariance[label] if known else torch.diag(hyper[0].exp()))
+
+
+def test_draws_of_independent_rows_have_the_posterior_moments():
+    n, hyper, sites, f = 4000, f64([[0.3, -1.2]]), sites_of(3), IndependentRows(3, F0)
+    where = torch.tensor([2, -1, 0, 1, 2])
+    draws = f.sample(hyper, sites, where, n, torch.Generator().manual_seed(0))
+    assert draws.shape == (n, 5, 2)
+    assert torch.equal(draws[:, 0], draws[:, 4])
+    mean, covariance = moments_at(f, hyper, sites, where[:4])
+    assert_moments(draws[:, :4].reshape(n, 8), mean.reshape(8), torch.block_diag(*covariance))
+
+
+# --- axes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_kind_of_axis_has_its_prior(dtype: torch.dtype):
+    like = torch.empty(0, dtype=dtype)
+    f = latent_functions(ContinuousAxis("t", nu=2.5).fit(np.array([3.0, 1.0, 1.0, 2.5])), like)
+    assert isinstance(f, GaussianProcess)
+    assert (f.nu, f.size, f.everywhere().tolist()) == (2.5, 3, [1.0, 2.5, 3.0])
+    assert f.everywhere().dtype == f.initial_hyperparameters(2).dtype == dtype
+    assert f.initial_hyperparameters(2)[0, 0].item() < math.log(2.0)
+    rows = latent_functions(CategoricalAxis("c").fit(np.array(["b", "a", "b"])), like)
+    assert isinstance(rows, IndependentRows)
+    assert (rows.size, rows.everywhere().tolist()) == (2, [0, 1])
+    assert rows.initial_hyperparameters(2).dtype == dtype
+
+
+def test_an_unknown_kind_of_axis_is_named():
+    with pytest.raises(TypeError, match="axis: expected ContinuousAxis or CategoricalAxis, got str"):
+        latent_functions("t", F0)

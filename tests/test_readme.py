@@ -1,0 +1,31 @@
+"""The README's Python example runs as it stands, in a fresh process, and its claims about it hold."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_example_runs_and_the_loaded_model_predicts_the_same_bits(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    check = """
+import numpy as np
+assert np.array_equal(mean, same.predict(X.loc[hidden]))
+assert function.shape == band.shape == (3, 8)
+assert np.sqrt(np.mean((mean - y[hidden]) ** 2)) < 0.5 * np.std(y)
+assert 0.8 < np.mean((lower < y[hidden]) & (y[hidden] < upper)) < 0.98
+"""
+    (tmp_path / "example.py").write_text(example + check)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_in_the_readme_point_to_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)\)", text)
+    assert targets
+    assert not [target for target in targets if not (ROOT / target).exists()]
