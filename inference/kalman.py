@@ -206,7 +206,8 @@ def site_log_normalizer(mean: Tensor, covariance: Tensor, sites: Sites) -> Tenso
     gained = torch.linalg.solve(one_plus, covariance @ rest[..., None]).squeeze(-1)
     linear: Tensor = (mean * (h - 0.5 * Lm)).sum(-1)
     log_det: Tensor = torch.linalg.slogdet(one_plus).logabsdet
-    return linear + 0.5 * (rest * gained).sum(-1) - 0.5 * log_det
+    quadratic: Tensor = (rest * gained).sum(-1)
+    return linear + 0.5 * (quadratic - log_det)
 
 
 def _elements(chain: Chain, sites: Sites) -> Element:

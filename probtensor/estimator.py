@@ -10,7 +10,8 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from probtensor.persistence import write_state
 __all__ = ["TensorRegressor", "UnknownLabelWarning"]
 
 FloatArray = npt.NDArray[np.floating[Any]]
+MANY_ROWS = 100_000  # rows of one rank from which a second thread pays
 RandomState = int | np.random.Generator | np.random.RandomState | None
 
 
@@ -96,7 +98,9 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f'duplicates: expected "observations" on several ranks, got {self.duplicates!r}')
         before = dict(self.__dict__)
         try:
-            self._fit_table(as_table(X), y, comm)
+            table = as_table(X)
+            with _threads_for(len(table)):
+                self._fit_table(table, y, comm)
         except BaseException:
             # Neither bad input nor Ctrl-C leaves the new data's axes and units beside an old posterior.
             self.__dict__.clear()
@@ -375,6 +379,24 @@ def make_generator(random_state: RandomState) -> torch.Generator:
         case _:
             raise ValueError(f"random_state: expected None, an integer >= 0 or a NumPy generator, got {random_state!r}")
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def _threads_for(n_rows: int) -> Iterator[None]:
+    """One thread while few rows are fitted, unless the user set OMP_NUM_THREADS.
+
+    The matrices are then so small that waking a second thread costs more than it does, ten times more where other
+    programs keep the cores busy.
+    """
+    threads = torch.get_num_threads()
+    if n_rows >= MANY_ROWS or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _agreed_axes(table: pd.DataFrame, axes: Sequence[Axis] | None, comm: Comm) -> tuple[Axis, ...]:

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 
 import mpmath
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -320,8 +319,3 @@ def random_covariance(generator: torch.Generator, size: int) -> Tensor:
     """A positive definite matrix."""
     root = torch.randn(size, size, generator=generator, dtype=F64)
     return root @ root.T / size + 0.1 * torch.eye(size, dtype=F64)
-
-
-def as_numpy(matrix: Tensor) -> np.ndarray:
-    """Detached, for libraries of arrays."""
-    return matrix.detach().numpy()

@@ -43,18 +43,18 @@ def small_table(n: int = 40) -> tuple[pd.DataFrame, np.ndarray]:
 
 # Row 1
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("shape", "coverage"), [((3, 2), 0.99), ((9, 7), 0.9)])
-def test_a_prediction_never_depends_on_what_is_stored_in_a_missing_cell(form, shape, coverage):
-    # Five cells say little about a sixth, once their mean is gone: the truth is 2.4 standard deviations away.
+@pytest.mark.parametrize(("shape", "settings"), [((3, 2), {"rank": 2, "learn_hyperparameters": False}), ((9, 7), {})])
+def test_a_prediction_never_depends_on_what_is_stored_in_a_missing_cell(form, shape, settings):
+    # Five cells say little about a sixth: the prior's own variances, not learned ones, keep the interval honest.
     matrix, mask = np.outer(np.arange(1.0, shape[0] + 1), np.geomspace(1.0, 10.0, shape[1])), np.ones(shape, dtype=bool)
     truth, mask[2, 1] = matrix[2, 1], False
     results = []
     for stored in (0.0, truth, 1e6, np.nan):
         matrix[2, 1] = stored
         X, y = pt.from_dense(matrix, mask)
-        model = FunBaT(form=form, **QUICK | {"tol": 1e-3, "n_init": 3}).fit(X, y)
+        model = FunBaT(form=form, **QUICK | {"tol": 1e-3, "n_init": 3} | settings).fit(X, y)
         hole = X.iloc[:1].assign(mode_0=2, mode_1=1)
-        parts = [*model.predict_interval(hole, coverage), *model.predict(hole, return_std=True), [model.bound_]]
+        parts = [*model.predict_interval(hole), *model.predict(hole, return_std=True), [model.bound_]]
         results.append(np.concatenate(parts))
     assert all(np.array_equal(result, results[0]) for result in results)
     lower, upper, mean, *_ = results[0]

