@@ -84,7 +84,7 @@ def demo(
     with _user_errors():
         from probtensor.demo import run_demo
 
-        run_demo(out, seed=seed, holdout=holdout, progress=not quiet, echo=typer.echo)
+        run_demo(out, seed=seed, holdout=holdout, progress=not quiet and sys.stderr.isatty(), echo=typer.echo)
 
 
 @app.command()
