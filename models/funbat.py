@@ -57,8 +57,8 @@ class FunBaT(TensorRegressor):
     learn_hyperparameters : bool, default True
         Whether lengthscales and variances are learned.
     noise_prior : tuple of two float, default (1.0, 1.0)
-        Shape and rate of the gamma prior of the noise precision of standardised values. The authors' choice; it weighs as
-        much as two rows, and keeps intervals wide where a few hundred rows are very precise: (1e-3, 1e-3) then.
+        Shape and rate of the gamma prior of the noise precision of standardised values. The authors' choice; it weighs
+        as much as two rows, and keeps intervals wide where a few hundred rows are very precise: (1e-3, 1e-3) then.
     duplicates : {"observations", "error", "sum", "mean"}, default "observations"
         What rows with equal coordinates are.
     device : str, default "auto"

@@ -191,6 +191,8 @@ def resolve_axes(table: pd.DataFrame, axes: Sequence[Axis] | None = None) -> tup
     (CategoricalAxis(name='mode_0'), ContinuousAxis(name='mode_1', nu=2.5))
     """
     names = list(table.columns)
+    if axes is not None and not isinstance(axes, Sequence):
+        raise ValueError(f"axes: expected a sequence of ContinuousAxis and CategoricalAxis, got {axes!r}")
     given = [] if axes is None else list(axes)
     for axis in given:
         if not isinstance(axis, Axis):

@@ -256,6 +256,8 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         params = dict(meta["params"])
         if params.get("axes") is not None:
             params["axes"] = [axis_from_state(state) for state in params["axes"]]
+        if str(params["device"]).startswith("cuda") and not torch.cuda.is_available():
+            params["device"] = "cpu"  # fitted on a GPU, loaded on a machine without
         model = cls(**params)
         shell = meta["shell"]
         model.axes_ = tuple(axis_from_state(state) for state in shell["axes"])

@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import joblib
@@ -553,3 +554,19 @@ def test_cross_validation_and_a_search_over_ranks_work_on_data_frames():
     search = GridSearchCV(FunBaT(**fast), {"rank": [1, (2, 1)], "form": ["tucker"]}, cv=2).fit(X, Y)
     assert search.best_params_["rank"] in (1, (2, 1))
     assert search.predict(NEW).shape == (len(NEW),)
+
+
+def test_a_model_of_a_gpu_loads_on_a_machine_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = np.array([[0.0], [0.5], [1.0]]), np.array([0.0, 1.0, 0.5])
+    model = FunBaT(rank=1, form="cp", device="cpu", tol=1.0, progress=False).fit(X, y)
+    model.device = "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model.save(tmp_path / "gpu.model")
+    loaded = pt.load(tmp_path / "gpu.model")
+    assert loaded.device == "cpu"
+    np.testing.assert_array_equal(loaded.predict(X), model.set_params(device="cpu").predict(X))
+
+
+def test_axes_that_are_no_sequence_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"axes: expected a sequence .* got ContinuousAxis"):
+        FunBaT(axes=pt.ContinuousAxis("a")).fit([[0.0], [1.0]], [0.0, 1.0])  # type: ignore[arg-type]
