@@ -25,6 +25,7 @@ BlockT = TypeVar("BlockT")
 
 SCREENING = 10  # sweeps that each of several starts gets before the best goes on
 PATIENCE = 2  # sweeps over which the bound's change is judged: one with and one without a step of the hyperparameters
+ADVICE = "try damping=0.5, a larger noise_prior, or look for extreme values in y"
 SHOW_AFTER = 1.0  # seconds before a progress bar appears
 
 
@@ -128,7 +129,7 @@ def run(
     Raises
     ------
     FloatingPointError
-        If a bound is not finite.
+        If a bound is not finite, or a matrix is singular.
 
     Warns
     -----
@@ -141,9 +142,12 @@ def run(
     with tqdm(total=total, desc="sweeps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
 
         def sweep(state: StateT, history: list[float]) -> StateT:
-            for block in model.blocks:
-                state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
-            state = model.end_sweep(state)
+            try:
+                for block in model.blocks:
+                    state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
+                state = model.end_sweep(state)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise FloatingPointError(f"sweep {len(history) + 1} met a singular matrix; {ADVICE}") from error
             history.append(_finite(float(model.bound(state)), len(history) + 1))
             bar.update()
             bar.set_postfix(bound=f"{history[-1]:.6g}", refresh=False)
@@ -178,7 +182,5 @@ def run(
 
 def _finite(bound: float, n_sweeps: int) -> float:
     if not math.isfinite(bound):
-        raise FloatingPointError(
-            f"the bound is {bound} after {n_sweeps} sweeps; try damping=0.5 or look for extreme values in y"
-        )
+        raise FloatingPointError(f"the bound is {bound} after {n_sweeps} sweeps; {ADVICE}")
     return bound

@@ -13,16 +13,18 @@ from torch import Tensor
 from probtensor.axes import Axis
 from probtensor.comm import Comm
 from probtensor.data import Duplicates
-from probtensor.estimator import RandomState, TensorRegressor, is_integer, is_number, make_generator, resolve_device
+from probtensor.estimator import TensorRegressor
 from probtensor.gaussian import Gamma, Gaussian
 from probtensor.inference.kalman import Sites
 from probtensor.inference.message_passing import run
 from probtensor.models.functional_tucker import WARM_UP, FunctionalTucker, Rows, State
 from probtensor.models.latent_functions import latent_functions
+from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device
 
 __all__ = ["FunBaT"]
 
 FloatArray = npt.NDArray[np.floating[Any]]
+MAX_CORE = 8_000  # entries of a Tucker core with its constant columns
 
 
 class FunBaT(TensorRegressor):
@@ -177,7 +179,7 @@ class FunBaT(TensorRegressor):
             If the model was fitted without main effects.
         """
         mode, where = self._where(name, at)
-        if not self._has_main_effects():
+        if self._model.ranks == self.rank_:
             raise ValueError("main_effect: expected a model of two or more modes with main_effects=True")
         mean, covariance = self._model.functions_at(self._state, mode, where)
         if self._state.core is None:
@@ -224,7 +226,7 @@ class FunBaT(TensorRegressor):
     def _fit(self, positions: Tensor, values: Tensor, comm: Comm) -> None:
         self._check_parameters()
         self.rank_ = self._ranks()
-        self._model = self._build(values)
+        self._model = self._build(values, self.form, bool(self.main_effects) and len(self.axes_) > 1)
         result = run(
             self._model,
             Rows(positions.T.contiguous(), values),
@@ -241,29 +243,22 @@ class FunBaT(TensorRegressor):
         self.bound_history_ = result.bound_history
         self.n_iter_, self.converged_, self.stop_reason_ = result.n_iter, result.converged, result.stop_reason
 
-    def _build(self, like: Tensor) -> FunctionalTucker:
+    def _build(self, like: Tensor, form: Literal["tucker", "cp"], main_effects: bool) -> FunctionalTucker:
         a0, b0 = (like.new_tensor(float(x)) for x in self.noise_prior)
-        return FunctionalTucker(
-            functions=tuple(latent_functions(axis, like) for axis in self.axes_),
-            free=self._free(like.device),
-            form=self.form,
-            noise_prior=Gamma(a0, b0),
-            damping=self.damping,
-            learn=self.learn_hyperparameters,
-            log_scale=math.log(self.y_scale_),
-        )
-
-    def _free(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Which columns of each mode's factor are latent functions; see `functional_tucker`."""
-        K, extra = len(self.axes_), self._has_main_effects()
-        if self.form == "tucker":
+        K, extra = len(self.axes_), int(main_effects)
+        if form == "tucker":
             columns = [[False] * extra + [True] * rank for rank in self.rank_]
         else:
             columns = [[True] * self.rank_[0] + [j == k for j in range(K)] * extra for k in range(K)]
-        return tuple(torch.tensor(c, device=device) for c in columns)
-
-    def _has_main_effects(self) -> bool:
-        return self.main_effects and len(self.axes_) > 1
+        return FunctionalTucker(
+            functions=tuple(latent_functions(axis, like) for axis in self.axes_),
+            free=tuple(torch.tensor(c, device=like.device) for c in columns),
+            form=form,
+            noise_prior=Gamma(a0, b0),
+            damping=self.damping,
+            learn=bool(self.learn_hyperparameters),
+            log_scale=math.log(self.y_scale_),
+        )
 
     def _ranks(self) -> tuple[int, ...]:
         K = len(self.axes_)
@@ -280,6 +275,12 @@ class FunBaT(TensorRegressor):
                     f"rank: expected at most {axis.size} for mode {axis.name!r}, which has {axis.size} distinct "
                     f'coordinates, got {rank}; give one rank a mode, or use form="cp"'
                 )
+        entries = math.prod(int(r) + bool(self.main_effects) for r in ranks)
+        if self.form == "tucker" and entries > MAX_CORE:
+            raise ValueError(
+                f"rank: expected a core of at most {MAX_CORE:,} entries (covariance: half a GiB), got {self.rank!r}: "
+                f'{entries:,} entries; lower the ranks, or use form="cp"'
+            )
         return tuple(int(r) for r in ranks)
 
     def _check_parameters(self) -> None:
@@ -294,7 +295,9 @@ class FunBaT(TensorRegressor):
         if not (is_number(self.tol) and self.tol >= 0):
             raise ValueError(f"tol: expected a number >= 0, got {self.tol!r}")
         given: Any = self.noise_prior
-        if not (isinstance(given, Sequence) and len(given) == 2 and all(is_number(x) and x > 0 for x in given)):
+        if not (
+            isinstance(given, Sequence) and len(given) == 2 and all(is_number(x) and 0 < x < math.inf for x in given)
+        ):
             raise ValueError(f"noise_prior: expected two positive numbers (shape, rate), got {self.noise_prior!r}")
 
     def _shared_seed(self, comm: Comm) -> RandomState:
@@ -306,10 +309,11 @@ class FunBaT(TensorRegressor):
     def _where(self, name: str, at: Any) -> tuple[int, Tensor]:
         check_is_fitted(self, "axes_")
         mode = self._axis(name)
-        everywhere = self._model.functions[mode].everywhere()
         if at is None:
-            return mode, everywhere
-        return mode, torch.as_tensor(np.array(self.axes_[mode].encode(at)), device=everywhere.device)
+            return mode, self._model.functions[mode].everywhere()
+        codes = self.axes_[mode].encode(at)
+        self._warn_of_unknown(self.axes_[mode], codes, at, stacklevel=4)
+        return mode, torch.as_tensor(np.array(codes), device=self._fitted_device())
 
     @torch.no_grad()
     def _latent(self, encoded: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -318,6 +322,9 @@ class FunBaT(TensorRegressor):
     @torch.no_grad()
     def _latent_samples(self, encoded: list[Tensor], n_samples: int, generator: torch.Generator) -> Tensor:
         return self._model.sample(self._state, encoded, n_samples, generator)
+
+    def _fitted_device(self) -> torch.device:
+        return self._state.squared_error.device
 
     def _noise_variance(self) -> float:
         shape, rate = self._state.noise
@@ -342,6 +349,8 @@ class FunBaT(TensorRegressor):
         meta = {
             "params": self._params_state(),
             "rank": list(self.rank_),
+            "form": self._model.form,
+            "main_effects": self._model.ranks != self.rank_,
             "sweep": state.sweep,
             "n_iter": self.n_iter_,
             "converged": self.converged_,
@@ -354,7 +363,7 @@ class FunBaT(TensorRegressor):
         device = resolve_device(self.device)
         arrays = {name: array.to(device) for name, array in arrays.items()}
         self.rank_ = tuple(meta["rank"])
-        self._model = self._build(arrays["noise"])
+        self._model = self._build(arrays["noise"], meta["form"], meta["main_effects"])
         factors = tuple(
             self._model.factor(
                 k,

@@ -30,7 +30,7 @@ from probtensor.contract import (
     Structure,
     Tucker,
     core_statistics,
-    outer_rows,
+    multilinear,
     pack,
     pack_dual,
     packed_size,
@@ -225,7 +225,7 @@ class FunctionalTucker:
         return total
 
     def update(self, state: State, block: Block, statistics: Tensor) -> State:
-        """Set a block to its optimum given the others (specs: sections 4 to 6), from the sums over all rows."""
+        """Set a block to its optimum given the others, from the sums over all rows."""
         if block == "core":
             return self._update_core(state, statistics)
         f, free, old = self.functions[block], self.free[block], state.factors[block]
@@ -246,7 +246,7 @@ class FunctionalTucker:
         return state._replace(factors=factors, squared_error=error.clamp(min=0))
 
     def end_sweep(self, state: State) -> State:
-        """Update the noise (specs: section 4) and count the sweep."""
+        """Update the noise and count the sweep."""
         noise = state.noise
         if state.sweep >= WARM_UP:
             a0, b0 = self.noise_prior
@@ -255,7 +255,7 @@ class FunctionalTucker:
         return state._replace(noise=noise, sweep=state.sweep + 1)
 
     def bound(self, state: State) -> Tensor:
-        """Evidence lower bound (specs: section 10), a scalar."""
+        """Evidence lower bound, a scalar: E log-likelihood less the divergences of all factors from their priors."""
         noise = state.noise
         log_density = 0.5 * (noise.mean_log - math.log(2 * math.pi)) - self.log_scale
         bound = state.n_rows * log_density - 0.5 * noise.mean * state.squared_error
@@ -274,7 +274,7 @@ class FunctionalTucker:
         )
 
     def predict(self, state: State, coordinates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Posterior mean and variance of ``f`` (specs: section 9).
+        """Posterior mean and variance of ``f``.
 
         Parameters
         ----------
@@ -300,7 +300,12 @@ class FunctionalTucker:
     def functions_at(self, state: State, mode: int, where: Tensor) -> Moments:
         """Moments of a mode's latent functions at coordinates (n,)."""
         factor = state.factors[mode]
-        return self.functions[mode].at(factor.log_hyperparameters, factor.sites, factor.posterior, where)
+        step = max(CHUNK // (3 * factor.log_hyperparameters.shape[1]) ** 2, 1)  # a state has up to 3 entries a function
+        parts = [
+            self.functions[mode].at(factor.log_hyperparameters, factor.sites, factor.posterior, where[a : a + step])
+            for a in range(0, max(len(where), 1), step)
+        ]
+        return Moments(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
     def sample(self, state: State, coordinates: Sequence[Tensor], n_samples: int, generator: torch.Generator) -> Tensor:
         """Joint draws of ``f``, shape (n_samples, n): functions and core are drawn once a sample."""
@@ -317,7 +322,9 @@ class FunctionalTucker:
         core, covariance = state.core
         normal = standard_normal((n_samples, len(core)), core, generator)
         cores = core + normal @ square_root(covariance).T
-        return torch.stack([outer_rows([c[s, index] for c, index in factors]) @ cores[s] for s in range(n_samples)])
+        return torch.stack(
+            [multilinear(cores[s].reshape(self.ranks), [c[s, index] for c, index in factors]) for s in range(n_samples)]
+        )
 
     def _update_core(self, state: State, statistics: Tensor) -> State:
         packed_shape = [packed_size(r) for r in self.ranks]
@@ -367,7 +374,7 @@ class FunctionalTucker:
     def _chunks(self, n: int) -> Iterator[slice]:
         packed = [packed_size(r) for r in self.ranks]
         width = math.prod(packed) // min(packed) if self.form == "tucker" else packed[0]
-        step = max(CHUNK // width, 64)
+        step = max(CHUNK // width, 1)
         return (slice(first, first + step) for first in range(0, max(n, 1), step))
 
 

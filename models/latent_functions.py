@@ -135,8 +135,8 @@ class GaussianProcess(LatentFunctions):
         return self._observed(*kalman.condition(*posterior), log_hyperparameters)
 
     def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102
-        # The state left of `where`, carried forward, meets the information right of it, carried back (specs: section
-        # 8).
+        # The state left of `where`, carried forward, meets the information right of it, carried back: what inserting
+        # `where` as steps without a site would give.
         variance = log_hyperparameters[1].exp()
         H = self._observe(variance)
         left = torch.searchsorted(self.coordinates, where, right=True) - 1

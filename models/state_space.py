@@ -3,12 +3,11 @@
 A Matérn process with smoothness ``nu`` = 1/2, 3/2 or 5/2 is the first entry of a Markov chain with
 ``d = nu + 1/2`` entries: the value and its derivatives. Conventions of this module, used throughout:
 
-* **Scaled state.** Derivatives are taken in the dimensionless time ``s = lam * t`` with ``lam = sqrt(2 nu) /
-lengthscale``.
-  No entry then depends on the unit of the coordinate, and all matrices stay well conditioned at any lengthscale.
+* **Scaled state.** Derivatives are taken in the dimensionless time ``s = lam * t``, where
+  ``lam = sqrt(2 nu) / lengthscale``. No entry then depends on the unit of the coordinate, and all matrices stay well
+  conditioned at any lengthscale.
 * **Components.** ``R`` independent processes, each with its own lengthscale and variance, are stacked in one state of
-size
-  ``D = R * d``, component by component: entry ``r * d`` is the value of component ``r``.
+  size ``D = R * d``, component by component: entry ``r * d`` is the value of component ``r``.
 * **Column states.** ``x_j = A_j x_{j-1} + N(0, Q_j)``.
 
 References

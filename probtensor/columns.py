@@ -153,7 +153,7 @@ def index_to_state(index: pd.Index, name: str | None) -> dict[str, Any]:
         return {**state, "bytes": base64.b64encode(ticks(index).astype("<i8").tobytes()).decode()}
     if isinstance(index.dtype, np.dtype) and index.dtype.kind == "f":
         return {**state, "bytes": base64.b64encode(index.to_numpy().astype("<f8").tobytes()).decode()}
-    items = index.tolist()
+    items = [item.item() if isinstance(item, np.generic) else item for item in index.tolist()]
     for item in items:
         if not isinstance(item, (str, int, float)):
             raise ValueError(f"axis {name!r}: expected labels of str, int, bool, float or datetime, got {item!r}")

@@ -316,6 +316,7 @@ def abort_on_error(comm: Comm) -> Iterator[None]:
         sys.stdout.flush()
         print(f"rank {comm.rank} of {comm.size} failed, ending the job:\n{traceback.format_exc()}", file=sys.stderr)
         sys.stderr.flush()
+        time.sleep(0.5)  # mpiexec drops what it has not yet read when it ends the job
         comm.abort(code if isinstance(code, int) else 1)
 
 

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CP", "Structure", "Tucker", "outer_rows", "pack", "pack_dual", "unpack"]
+__all__ = ["CP", "Structure", "Tucker", "multilinear", "outer_rows", "pack", "pack_dual", "unpack"]
 
 
 def packed_size(rank: int) -> int:
@@ -133,7 +133,7 @@ class CP:
     """Canonical polyadic structure: ``f = sum_r prod_k u^k[r]``, all ranks equal."""
 
     def partial(self, mode: int, means: Sequence[Tensor], seconds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``E a`` and packed ``E a a'``: products over the other modes (Fang et al. 2024, specs: section 4)."""
+        """``E a`` and packed ``E a a'``: products over the other modes (Fang et al. 2024, section 4)."""
         if len(means) == 1:
             return torch.ones_like(means[0]), torch.ones_like(seconds[0])
         others = [k for k in range(len(means)) if k != mode]
@@ -167,7 +167,7 @@ class Tucker:
         self.second_core: Final = _pack_pairs(torch.outer(flat, flat) + covariance, core.shape)  # dual, (P_1, ..., P_K)
 
     def partial(self, mode: int, means: Sequence[Tensor], seconds: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``E a`` and packed ``E a a'``, core covariance included (Fang et al. 2024, specs: section 4)."""
+        """``E a`` and packed ``E a a'``, core covariance included (Fang et al. 2024, section 4)."""
         rank = self.core.shape[mode]
         off_diagonal = 0.5 + 0.5 * pack(torch.eye(rank, dtype=self.core.dtype, device=self.core.device))
         unfolded = self.core.movedim(mode, -1).reshape(-1, rank)
@@ -180,11 +180,11 @@ class Tucker:
 
     def mean(self, means: Sequence[Tensor]) -> Tensor:
         """``E f``, shape (n,)."""
-        return _multilinear(self.core, means)
+        return multilinear(self.core, means)
 
     def second(self, seconds: Sequence[Tensor]) -> Tensor:
         """``E f^2``, shape (n,)."""
-        return _multilinear(self.second_core, seconds)
+        return multilinear(self.second_core, seconds)
 
 
 def core_statistics(means: Sequence[Tensor], seconds: Sequence[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +237,7 @@ def _pack_pairs(matrix: Tensor, ranks: Sequence[int]) -> Tensor:
     return pairs
 
 
-def _multilinear(core: Tensor, rows: Sequence[Tensor]) -> Tensor:
+def multilinear(core: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """``core`` (c_1, ..., c_K) contracted with one row (n, c_k) a mode, shape (n,); no (n, prod c_k) array is built."""
     *first, last = rows
     if not first:

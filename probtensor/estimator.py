@@ -10,9 +10,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from numbers import Integral, Real
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -26,16 +24,15 @@ from torch import Tensor
 
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
 from probtensor.comm import Comm, Serial
-from probtensor.data import Duplicates, Observations, as_table, resolve_axes
+from probtensor.data import Duplicates, Observations, as_table
 from probtensor.gaussian import standard_normal
 from probtensor.likelihoods import gaussian_log_prob
 from probtensor.persistence import write_state
+from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
 
 __all__ = ["TensorRegressor", "UnknownLabelWarning"]
 
 FloatArray = npt.NDArray[np.floating[Any]]
-MANY_ROWS = 100_000  # rows of one rank from which a second thread pays
-RandomState = int | np.random.Generator | np.random.RandomState | None
 
 
 class UnknownLabelWarning(UserWarning):
@@ -68,6 +65,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
     y_mean_: float
     y_scale_: float
     dtype_: np.dtype[Any]
+    _seen: dict[str, npt.NDArray[np.bool_]]
     n_features_in_: int
     feature_names_in_: npt.NDArray[Any]
 
@@ -99,7 +97,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         before = dict(self.__dict__)
         try:
             table = as_table(X)
-            with _threads_for(len(table)):
+            with threads_for(len(table)):
                 self._fit_table(table, y, comm)
         except BaseException:
             # Neither bad input nor Ctrl-C leaves the new data's axes and units beside an old posterior.
@@ -109,12 +107,14 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         return self
 
     def _fit_table(self, table: pd.DataFrame, y: Any, comm: Comm) -> None:
-        axes = self.axes if comm.size == 1 else _agreed_axes(table, self.axes, comm)
-        observed = Observations.from_table(table, y, axes, self.duplicates)
+        observed = _observe_together(table, y, self.axes, comm) if comm.size > 1 else None
+        if observed is None:
+            observed = Observations.from_table(table, y, self.axes, self.duplicates)
         self.dtype_ = (
             np.dtype(np.float32) if getattr(y, "dtype", None) in (np.float32, torch.float32) else np.dtype(float)
         )
         self.axes_ = observed.axes
+        self._seen = _seen_labels(observed, comm)
         self.n_features_in_ = observed.order
         self.feature_names_in_ = np.array([axis.name for axis in self.axes_], dtype=object)
         device = resolve_device(self.device)
@@ -228,9 +228,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         DataFrame, shape (n, K)
         """
         table = self._columns(X)
-        flags = {
-            axis.name: (axis.positions(table[axis.name]) < 0) & isinstance(axis, CategoricalAxis) for axis in self.axes_
-        }
+        flags = {axis.name: self._unknown(axis, axis.encode(table[axis.name])) for axis in self.axes_}
         return pd.DataFrame(flags, index=table.index)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -247,6 +245,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             "y_mean": self.y_mean_.hex(),
             "y_scale": self.y_scale_.hex(),
             "dtype": self.dtype_.name,
+            "seen": {name: seen.tolist() for name, seen in self._seen.items()},
         }
         write_state(path, f"{type(self).__module__}.{type(self).__qualname__}", arrays, {"shell": shell, **meta})
 
@@ -265,6 +264,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         model.feature_names_in_ = np.array([axis.name for axis in model.axes_], dtype=object)
         model.y_mean_, model.y_scale_ = float.fromhex(shell["y_mean"]), float.fromhex(shell["y_scale"])
         model.dtype_ = np.dtype(shell["dtype"])
+        model._seen = {name: np.array(seen, dtype=bool) for name, seen in shell["seen"].items()}
         model._restore(arrays, meta)
         return model
 
@@ -287,6 +287,10 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
     @abstractmethod
     def _latent_samples(self, encoded: list[Tensor], n_samples: int, generator: torch.Generator) -> Tensor:
         """Joint draws (n_samples, n) of the standardised noise-free entries."""
+
+    @abstractmethod
+    def _fitted_device(self) -> torch.device:
+        """Where the posterior is."""
 
     @abstractmethod
     def _noise_variance(self) -> float:
@@ -320,17 +324,28 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         table = self._columns(X)
         encoded = [axis.encode(table[axis.name]) for axis in self.axes_]
         for axis, codes in zip(self.axes_, encoded, strict=True):
-            if isinstance(axis, CategoricalAxis) and (codes < 0).any():
-                labels = pd.unique(table[axis.name][codes < 0])
-                shown = ", ".join(repr(x) for x in labels[:5].tolist()) + (", …" if len(labels) > 5 else "")
-                warnings.warn(
-                    f"{(codes < 0).sum()} rows have labels of {axis.name!r} that were not seen in training ({shown}): "
-                    "they get the prior and a wide interval; unknown(X) tells which",
-                    UnknownLabelWarning,
-                    stacklevel=stacklevel,
-                )
-        device = resolve_device(self.device)
+            self._warn_of_unknown(axis, codes, table[axis.name], stacklevel + 1)
+        device = self._fitted_device()
         return [torch.as_tensor(np.array(codes), device=device) for codes in encoded]
+
+    def _unknown(self, axis: Axis, codes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        """Which encoded labels have no training row; False on a continuous axis."""
+        if not isinstance(axis, CategoricalAxis):
+            return np.zeros(len(codes), dtype=bool)
+        unseen = np.append(~self._seen[str(axis.name)], True)  # code -1 is the one at the end
+        return np.asarray(unseen[codes])
+
+    def _warn_of_unknown(self, axis: Axis, codes: npt.NDArray[Any], column: Any, stacklevel: int) -> None:
+        flags = self._unknown(axis, codes)
+        if flags.any():
+            labels = pd.unique(pd.Series(column)[flags])
+            shown = ", ".join(repr(x) for x in labels[:5].tolist()) + (", …" if len(labels) > 5 else "")
+            warnings.warn(
+                f"{flags.sum()} {'row has a label' if flags.sum() == 1 else 'rows have labels'} of {axis.name!r} that "
+                f"training rows did not have ({shown}): such labels have the prior and a wide interval; unknown(X) tells which",
+                UnknownLabelWarning,
+                stacklevel=stacklevel,
+            )
 
     def _moments(self, X: Any) -> tuple[FloatArray, FloatArray]:
         encoded = self._encode(X)
@@ -348,82 +363,27 @@ def _json_value(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _seen_labels(observed: Observations, comm: Comm) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which labels of each categorical mode have a row on some rank: a category may have none."""
+    seen = {}
+    for axis, position in zip(observed.axes, observed.positions.T, strict=True):
+        if isinstance(axis, CategoricalAxis):
+            seen[str(axis.name)] = comm.sum(torch.bincount(position, minlength=axis.size)).numpy() > 0
+    return seen
 
 
-def is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def make_generator(random_state: RandomState) -> torch.Generator:
-    """A torch generator from a seed, or from one integer drawn from a NumPy generator; no global generator is touched.
-
-    Parameters
-    ----------
-    random_state : int, numpy.random.Generator, numpy.random.RandomState or None
-        None takes the seed from the operating system.
-
-    Raises
-    ------
-    ValueError
-        For another type or a negative seed.
-    """
-    match random_state:
-        case None:
-            seed = int(np.random.SeedSequence().generate_state(1)[0])
-        case np.random.Generator():
-            seed = int(random_state.integers(2**31))
-        case np.random.RandomState():
-            seed = int(random_state.randint(2**31))
-        case int() | np.integer() if random_state >= 0:
-            seed = int(random_state)
-        case _:
-            raise ValueError(f"random_state: expected None, an integer >= 0 or a NumPy generator, got {random_state!r}")
-    return torch.Generator().manual_seed(seed)
-
-
-@contextmanager
-def _threads_for(n_rows: int) -> Iterator[None]:
-    """One thread while few rows are fitted, unless the user set OMP_NUM_THREADS.
-
-    The matrices are then so small that waking a second thread costs more than it does, ten times more where other
-    programs keep the cores busy.
-    """
-    threads = torch.get_num_threads()
-    if n_rows >= MANY_ROWS or "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    torch.set_num_threads(1)
+def _observe_together(table: pd.DataFrame, y: Any, axes: Sequence[Axis] | None, comm: Comm) -> Observations:
+    """Rows of this rank in axes that hold what any rank has seen; what is wrong on one rank is refused on all."""
     try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _agreed_axes(table: pd.DataFrame, axes: Sequence[Axis] | None, comm: Comm) -> tuple[Axis, ...]:
-    """Fitted axes that hold what any rank of several has seen."""
-    resolved = resolve_axes(table, axes)
-    own = tuple(
-        axis if axis.is_fitted else axis.fit(table[name]) for axis, name in zip(resolved, table.columns, strict=True)
-    )
-    states = comm.gather_bytes(json.dumps([axis.to_state() for axis in own]).encode())
+        own, fault = Observations.from_table(table, y, axes), ""
+    except ValueError as error:
+        fault = str(error)
+    faults = [data.decode() for data in comm.gather_bytes(fault.encode())]
+    if any(faults):
+        raise ValueError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(faults) if text))
+    states = comm.gather_bytes(json.dumps([axis.to_state() for axis in own.axes]).encode())
     ranks = [[axis_from_state(state) for state in json.loads(data)] for data in states]
     agreed = list(ranks[0])
     for other in ranks[1:]:
         agreed = [a.union(b) for a, b in zip(agreed, other, strict=True)]
-    return tuple(agreed)
-
-
-def resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f'device: expected "auto", "cpu", "cuda" or another that torch knows, got {device!r}'
-        ) from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'device: expected "auto" or "cpu", since torch finds no GPU here, got {device!r}')
-    return found
+    return Observations.from_table(table, y, agreed)

@@ -17,7 +17,8 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from probtensor.axes import CategoricalAxis, ContinuousAxis
-from probtensor.estimator import TensorRegressor, UnknownLabelWarning, make_generator
+from probtensor.estimator import TensorRegressor, UnknownLabelWarning
+from probtensor.resources import make_generator
 
 LATENT_VARIANCE, NOISE_VARIANCE = 0.36, 0.28
 STD = 0.8  # of a standardised value: the square root of their sum
@@ -45,6 +46,9 @@ class Known(TensorRegressor):
     def _latent_samples(self, encoded, n_samples, generator):
         offset = torch.randn(n_samples, 1, generator=generator, dtype=torch.float64)
         return self._latent(encoded)[0] + LATENT_VARIANCE**0.5 * offset
+
+    def _fitted_device(self):
+        return torch.device("cpu")
 
     def _noise_variance(self):
         return NOISE_VARIANCE

@@ -24,7 +24,8 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 import probtensor as pt
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.inference import message_passing
-from probtensor.models import FunBaT
+from probtensor.models import FunBaT, functional_tucker
+from probtensor.resources import MANY_ROWS, threads_for
 
 QUICK = {"rank": 2, "n_init": 1, "tol": 10.0, "random_state": 0, "progress": False}
 FORMS = ("cp", "tucker")
@@ -207,11 +208,12 @@ def test_far_from_the_data_the_prior_returns_with_a_wider_std(form):
 
 def test_an_unknown_label_has_the_prior_mean_and_a_wider_interval_than_any_known(case):
     new = pd.DataFrame({"time": 2.5, "cell": [*EFFECT, "nowhere"]})
-    with pytest.warns(UnknownLabelWarning, match=r"1 rows have labels of 'cell' .* \('nowhere'\)"):
+    with pytest.warns(UnknownLabelWarning, match=r"1 row has a label of 'cell' .* \('nowhere'\)"):
         lower, upper = case.model.predict_interval(new)
     assert (upper - lower)[-1] > 1.2 * (upper - lower)[:-1].max()
     assert case.model.unknown(new)["cell"].tolist() == [False] * 4 + [True]
-    mean, std = case.model.factor("cell", at=["nowhere"])
+    with pytest.warns(UnknownLabelWarning, match="'nowhere'"):
+        mean, std = case.model.factor("cell", at=["nowhere"])
     np.testing.assert_array_equal(mean, 0.0)
     np.testing.assert_allclose(std[0] ** 2, case.model.hyperparameters_["cell"]["variance"][:2], rtol=1e-12)
 
@@ -283,7 +285,8 @@ def test_a_table_of_datetimes_floats_strings_categories_booleans_and_integers_is
     assert np.array_equal(model.predict(frame[frame.columns[::-1]]), model.predict(frame))
     when, _ = model.factor("when", at=[pd.Timestamp("2024-02-28 01:30"), pd.Timestamp("2030-01-01")])
     assert np.isfinite(when).all()
-    mean, std = model.factor("kind", at=["never"])  # a category without rows is known and has its prior
+    with pytest.warns(UnknownLabelWarning, match=r"'kind' .* \('never'\)"):  # a category without rows
+        mean, std = model.factor("kind", at=["never"])
     assert (mean[0, 0], std[0, 0] ** 2) == (0.0, pytest.approx(model.hyperparameters_["kind"]["variance"][0]))
 
 
@@ -570,3 +573,86 @@ def test_a_model_of_a_gpu_loads_on_a_machine_without(tmp_path: Path, monkeypatch
 def test_axes_that_are_no_sequence_are_refused() -> None:
     with pytest.raises(ValueError, match=r"axes: expected a sequence .* got ContinuousAxis"):
         FunBaT(axes=pt.ContinuousAxis("a")).fit([[0.0], [1.0]], [0.0, 1.0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("changed", [{"form": "cp"}, {"form": "tucker"}, {"main_effects": False}, {"device": "meta"}])
+def test_parameters_set_after_the_fit_do_not_touch_what_was_fitted(
+    form: str, changed: dict[str, object], tmp_path: Path
+) -> None:
+    X, y = table()
+    model = FunBaT(form=form, **QUICK).fit(X, y)
+    mean, (effect, _) = model.predict(X), model.main_effect("cell")
+    model.set_params(**changed)
+    np.testing.assert_array_equal(model.predict(X), mean)
+    np.testing.assert_array_equal(model.main_effect("cell")[0], effect)
+    if "device" not in changed:
+        model.save(tmp_path / "model")
+        loaded = pt.load(tmp_path / "model")
+        np.testing.assert_array_equal(loaded.predict(X), mean)
+        np.testing.assert_array_equal(loaded.main_effect("cell")[0], effect)
+
+
+def test_a_category_without_a_row_is_flagged_and_has_the_prior(tmp_path: Path) -> None:
+    X, y = table()
+    X["cell"] = pd.Categorical(X["cell"], categories=[*EFFECT, "z"])
+    model = FunBaT(form="cp", **QUICK).fit(X, y)
+    new = pd.DataFrame({"time": [0.0, 0.0, 0.0], "cell": ["a", "z", "q"]})
+    model.save(tmp_path / "model")
+    for fitted in (model, pt.load(tmp_path / "model")):
+        assert fitted.unknown(new)["cell"].tolist() == [False, True, True]
+        with pytest.warns(UnknownLabelWarning, match=r"2 rows have labels of 'cell' .*\('z', 'q'\)"):
+            mean, std = fitted.predict(new, return_std=True)
+        assert mean[1] == mean[2]
+        assert std[1] == std[2] > std[0]
+    with pytest.warns(UnknownLabelWarning, match="'z'"):
+        model.factor("cell", at=["z"])
+
+
+def test_predictions_at_many_coordinates_need_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = table()
+    model = FunBaT(form="cp", **QUICK).fit(X, y)
+    new = pd.DataFrame({"time": np.linspace(-1, 11, 50), "cell": ["a", "b"] * 25})
+    whole = model.predict(new, return_std=True)
+    sizes = []
+    process = model._model.functions[0]
+    at = type(process).at
+    monkeypatch.setattr(functional_tucker, "CHUNK", 1000)
+    monkeypatch.setattr(
+        type(process), "at", lambda self, h, s, p, where: sizes.append(len(where)) or at(self, h, s, p, where)
+    )
+    pieces = model.predict(new, return_std=True)
+    assert max(sizes) * 9 * 9 <= 1000  # three functions of up to three state entries
+    for a, b in zip(pieces, whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_a_core_that_would_not_fit_into_memory_is_refused() -> None:
+    X = pd.DataFrame({f"mode {k}": np.arange(40.0) for k in range(5)})
+    with pytest.raises(ValueError, match=r"rank: expected a core of at most 8,000 entries .* got 10: 161,051 entries"):
+        FunBaT(rank=10).fit(X, np.arange(40.0))
+
+
+def test_a_flag_of_numpy_is_a_flag() -> None:
+    X, y = table()
+    np.testing.assert_array_equal(
+        FunBaT(main_effects=np.False_, **QUICK).fit(X, y).predict(X),
+        FunBaT(main_effects=False, **QUICK).fit(X, y).predict(X),
+    )
+
+
+def test_a_fit_leaves_the_thread_count_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads_for(10):
+            assert torch.get_num_threads() == 1
+            with threads_for(10):  # a second fit under way
+                pass
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with threads_for(MANY_ROWS):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -72,9 +72,14 @@ def check_seeds(comm: Comm) -> None:
 
 
 def check_refusal(comm: Comm) -> None:
-    """Rows of one cell on several ranks cannot be merged: all ranks say so."""
+    """Rows of one cell on several ranks cannot be merged, and one rank's bad value is refused: all ranks say so."""
     with pytest.raises(ValueError, match=r'duplicates: expected "observations" on several ranks, got \'mean\''):
         FunBaT(duplicates="mean").fit(*table(), comm=comm)
+    X, y = table()
+    if comm.rank == comm.size - 1:
+        y = np.where(np.arange(len(y)) == 3, np.nan, y)
+    with pytest.raises(ValueError, match=rf"^rank {comm.size - 1}: y: expected .*row 3"):
+        FunBaT(**SETTINGS).fit(X, y, comm=comm)
 
 
 def main() -> None:
