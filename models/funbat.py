@@ -15,9 +15,9 @@ from probtensor.comm import Comm
 from probtensor.data import Duplicates
 from probtensor.estimator import TensorRegressor
 from probtensor.gaussian import Gamma, Gaussian
-from probtensor.inference.kalman import Sites
+from probtensor.inference.kalman import Posterior, Sites
 from probtensor.inference.message_passing import run
-from probtensor.models.functional_tucker import WARM_UP, FunctionalTucker, Rows, State
+from probtensor.models.functional_tucker import WARM_UP, Factor, FunctionalTucker, Rows, State
 from probtensor.models.latent_functions import latent_functions
 from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device
 
@@ -341,11 +341,11 @@ class FunBaT(TensorRegressor):
         if state.core is not None:
             arrays |= {"core.mean": state.core.mean, "core.covariance": state.core.covariance}
         for k, factor in enumerate(state.factors):
-            arrays |= {
-                f"factor.{k}.precision": factor.sites.precision,
-                f"factor.{k}.shift": factor.sites.shift,
-                f"factor.{k}.log_hyperparameters": factor.log_hyperparameters,
-            }
+            # The posterior too: smoothing again could round otherwise, on another number of threads.
+            parts = factor._asdict() | {"sites": None, "posterior": None}
+            parts |= {f"sites.{name}": part for name, part in factor.sites._asdict().items()}
+            parts |= {f"posterior.{name}": part for name, part in factor.posterior._asdict().items()}
+            arrays |= {f"factor.{k}.{name}": part for name, part in parts.items() if part is not None}
         meta = {
             "params": self._params_state(),
             "rank": list(self.rank_),
@@ -364,16 +364,18 @@ class FunBaT(TensorRegressor):
         arrays = {name: array.to(device) for name, array in arrays.items()}
         self.rank_ = tuple(meta["rank"])
         self._model = self._build(arrays["noise"], meta["form"], meta["main_effects"])
-        factors = tuple(
-            self._model.factor(
-                k,
-                Sites(arrays[f"factor.{k}.precision"], arrays[f"factor.{k}.shift"]),
-                arrays[f"factor.{k}.log_hyperparameters"],
-            )
-            for k in range(len(self.axes_))
-        )
+        factors = tuple(_stored_factor(arrays, f"factor.{k}.") for k in range(len(self.axes_)))
         error, n_rows, square = arrays["totals"]
         core = Gaussian(arrays["core.mean"], arrays["core.covariance"]) if "core.mean" in arrays else None
         self._state = State(factors, core, Gamma(*arrays["noise"]), error, n_rows, square, meta["sweep"])
         self.bound_history_ = arrays["bound_history"].tolist()
         self.n_iter_, self.converged_, self.stop_reason_ = meta["n_iter"], meta["converged"], meta["stop_reason"]
+
+
+def _stored_factor(arrays: dict[str, Tensor], prefix: str) -> Factor:
+    """The factor whose parts `to_state` wrote under `prefix`."""
+    return Factor(
+        sites=Sites(*(arrays[f"{prefix}sites.{name}"] for name in Sites._fields)),
+        posterior=Posterior(*(arrays[f"{prefix}posterior.{name}"] for name in Posterior._fields)),
+        **{name: arrays[prefix + name] for name in ("log_hyperparameters", "divergence", "mean", "second")},
+    )

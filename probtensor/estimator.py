@@ -211,7 +211,8 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f"n_samples: expected an integer of at least 1, got {n_samples!r}")
         encoded = self._encode(X, stacklevel=3)
         generator = make_generator(random_state)
-        drawn = self._latent_samples(encoded, n_samples, generator)
+        with threads_for(len(encoded[0])):
+            drawn = self._latent_samples(encoded, n_samples, generator)
         normal = standard_normal(drawn.shape, drawn, generator)
         drawn = drawn + normal * math.sqrt(self._noise_variance())
         return self._to_user(drawn).T.astype(self.dtype_)
@@ -350,7 +351,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
 
     def _moments(self, X: Any) -> tuple[FloatArray, FloatArray]:
         encoded = self._encode(X)
-        with torch.no_grad():
+        with torch.no_grad(), threads_for(len(encoded[0])):
             mean, variance = self._latent(encoded)
         std = (variance + self._noise_variance()).sqrt() * self.y_scale_
         return self._to_user(mean), std.cpu().numpy()

@@ -83,29 +83,29 @@ def resolve_device(device: str) -> torch.device:
 
 
 _lock = threading.Lock()
-_small_fits: list[int] = []  # the thread count that each small fit under way found
+_small: list[int] = []  # the thread count that each piece of small work under way found
 
 
 @contextmanager
 def threads_for(n_rows: int) -> Iterator[None]:
-    """One thread while few rows are fitted, unless the user set OMP_NUM_THREADS.
+    """One thread while few rows are fitted or predicted, unless the user set OMP_NUM_THREADS.
 
     The matrices are then so small that waking a second thread costs more than it does, ten times more where other
-    programs keep the cores busy. torch's thread count belongs to the whole process: of fits that overlap in several
-    Python threads, the first to start lowers it and the last to end puts it back.
+    programs keep the cores busy. torch's thread count belongs to the whole process: where such work
+    overlaps in several Python threads, the first to start lowers it and the last to end puts it back.
     """
     if n_rows >= MANY_ROWS or "OMP_NUM_THREADS" in os.environ:
         yield
         return
     with _lock:
-        _small_fits.append(torch.get_num_threads())
+        _small.append(torch.get_num_threads())
         torch.set_num_threads(1)
     try:
         yield
     finally:
         with _lock:
-            if len(_small_fits) == 1:
-                torch.set_num_threads(_small_fits[0])
-                _small_fits.clear()
+            if len(_small) == 1:
+                torch.set_num_threads(_small[0])
+                _small.clear()
             else:
-                _small_fits.pop()
+                _small.pop()

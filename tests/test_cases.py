@@ -5,6 +5,7 @@ Rows 2, 5 to 14 and 16 are tested beside the code that they concern; those that 
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -307,3 +308,22 @@ def test_the_reason_of_the_stop_is_recorded_and_a_warning_says_what_to_try(form)
     assert np.all(np.diff(history) >= -1e-9 * abs(model.bound_))
     settled = [i for i in range(7, len(history) - 1) if abs(history[i] - history[i - 2]) <= limit / 2]
     assert not settled  # and it did not go on for long after it had
+
+
+# Row 17
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loaded_model_predicts_the_same_bits_on_another_number_of_threads(form, tmp_path):
+    X, y = pt.datasets.load_il2()
+    model = FunBaT(**QUICK | {"rank": 8 if form == "cp" else 4, "form": form}).fit(X[::3], y[::3])
+    expected = model.predict(X, return_std=True)
+    model.save(tmp_path / "il2.model")
+    program = (
+        "import sys, numpy as np, torch, probtensor as pt; torch.set_num_threads(int(sys.argv[2]))\n"
+        "X, _ = pt.datasets.load_il2(); m = pt.load(sys.argv[1])\n"
+        "np.save(sys.argv[1] + '.npy', np.stack(m.predict(X, return_std=True)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for threads in ("1", "2"):
+        command = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "il2.model"), threads]
+        subprocess.run(command, check=True, timeout=120, env=environment)
+        np.testing.assert_array_equal(np.load(tmp_path / "il2.model.npy"), np.stack(expected))
