@@ -175,7 +175,7 @@ def run(
             f"not converged: {reason}, the bound still moves. Raise max_iter or tol, or look at bound_history_; "
             "a lower rank often converges faster.",
             ConvergenceWarning,
-            stacklevel=6,  # the line that called fit: past run, its no_grad, _fit, _fit_table and fit
+            stacklevel=6,  # the line that called fit: past run, its no_grad, _fit, _fit_observed and fit
         )
     return Result(state, history, max_iter, False, reason)
 

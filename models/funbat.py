@@ -301,10 +301,11 @@ class FunBaT(TensorRegressor):
             raise ValueError(f"noise_prior: expected two positive numbers (shape, rate), got {self.noise_prior!r}")
 
     def _shared_seed(self, comm: Comm) -> RandomState:
-        if comm.size == 1 or isinstance(self.random_state, int):
+        """The seed of rank 0: sums over ranks mean something only when all have one start."""
+        if comm.size == 1:
             return self.random_state
         seed = make_generator(self.random_state).initial_seed()
-        return int(comm.broadcast(torch.tensor([seed % 2**31]))[0])
+        return int(comm.broadcast(torch.tensor([seed]))[0])
 
     def _where(self, name: str, at: Any) -> tuple[int, Tensor]:
         check_is_fitted(self, "axes_")

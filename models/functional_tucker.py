@@ -205,12 +205,11 @@ class FunctionalTucker:
             For a mode, (T, P + R): packed ``sum E a a'`` and ``sum y E a`` of each coordinate. For the core, (prod P
             + prod R,).
         """
-        structure = self.structure(state)
         if block == "core":
             sizes = [math.prod(map(packed_size, self.ranks)), math.prod(self.ranks)]
             total = rows.values.new_zeros(sum(sizes))
         else:
-            rank = self.ranks[block]
+            structure, rank = self.structure(state), self.ranks[block]
             total = rows.values.new_zeros(self.functions[block].size, packed_size(rank) + rank)
         for chunk in self._chunks(rows.values.shape[0]):
             positions, y = rows.positions[:, chunk], rows.values[chunk]

@@ -96,9 +96,13 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f'duplicates: expected "observations" on several ranks, got {self.duplicates!r}')
         before = dict(self.__dict__)
         try:
-            table = as_table(X)
-            with threads_for(len(table)):
-                self._fit_table(table, y, comm)
+            if comm.size == 1:
+                observed = Observations.from_table(X, y, self.axes, self.duplicates)
+            else:
+                observed = _observe_together(X, y, self.axes, comm)
+            self.dtype_ = np.dtype(np.float32 if getattr(y, "dtype", None) in (np.float32, torch.float32) else float)
+            with threads_for(observed.n_observed):
+                self._fit_observed(observed, comm)
         except BaseException:
             # Neither bad input nor Ctrl-C leaves the new data's axes and units beside an old posterior.
             self.__dict__.clear()
@@ -106,13 +110,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise
         return self
 
-    def _fit_table(self, table: pd.DataFrame, y: Any, comm: Comm) -> None:
-        observed = _observe_together(table, y, self.axes, comm) if comm.size > 1 else None
-        if observed is None:
-            observed = Observations.from_table(table, y, self.axes, self.duplicates)
-        self.dtype_ = (
-            np.dtype(np.float32) if getattr(y, "dtype", None) in (np.float32, torch.float32) else np.dtype(float)
-        )
+    def _fit_observed(self, observed: Observations, comm: Comm) -> None:
         self.axes_ = observed.axes
         self._seen = _seen_labels(observed, comm)
         self.n_features_in_ = observed.order
@@ -374,10 +372,10 @@ def _seen_labels(observed: Observations, comm: Comm) -> dict[str, npt.NDArray[np
     return seen
 
 
-def _observe_together(table: pd.DataFrame, y: Any, axes: Sequence[Axis] | None, comm: Comm) -> Observations:
+def _observe_together(X: Any, y: Any, axes: Sequence[Axis] | None, comm: Comm) -> Observations:
     """Rows of this rank in axes that hold what any rank has seen; what is wrong on one rank is refused on all."""
     try:
-        own, fault = Observations.from_table(table, y, axes), ""
+        own, fault = Observations.from_table(X, y, axes), ""
     except ValueError as error:
         fault = str(error)
     faults = [data.decode() for data in comm.gather_bytes(fault.encode())]
@@ -388,4 +386,4 @@ def _observe_together(table: pd.DataFrame, y: Any, axes: Sequence[Axis] | None, 
     agreed = list(ranks[0])
     for other in ranks[1:]:
         agreed = [a.union(b) for a, b in zip(agreed, other, strict=True)]
-    return Observations.from_table(table, y, agreed)
+    return Observations.from_table(X, y, agreed)

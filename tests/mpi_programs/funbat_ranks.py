@@ -62,13 +62,16 @@ def check(form: str, comm: Comm, seed: int) -> None:
 
 
 def check_seeds(comm: Comm) -> None:
-    """Ranks whose generators differ, or draw their own seed, take the one of rank 0."""
+    """Ranks whose seeds or generators differ, or that draw their own seed, take the one of rank 0."""
     X, y = table()
     rows = deal(len(y), comm, 5)
-    for seed in (np.random.default_rng(comm.rank), None):
+    for seed in (comm.rank, 2**40 + comm.rank, np.random.default_rng(comm.rank), None):
         settings = SETTINGS | {"random_state": seed, "max_iter": 1}
         model = fit(FunBaT(form="cp", **settings), X.iloc[rows], y[rows], comm)
         assert len(set(comm.gather_bytes(model.predict(X).tobytes()))) == 1
+        if comm.is_root and isinstance(seed, int):  # the first sums mix several starts unless all ranks share one
+            alone = fit(FunBaT(form="cp", **settings), X, y, Serial())
+            np.testing.assert_allclose(model.predict(X), alone.predict(X), rtol=1e-9)
 
 
 def check_refusal(comm: Comm) -> None:
@@ -80,6 +83,8 @@ def check_refusal(comm: Comm) -> None:
         y = np.where(np.arange(len(y)) == 3, np.nan, y)
     with pytest.raises(ValueError, match=rf"^rank {comm.size - 1}: y: expected .*row 3"):
         FunBaT(**SETTINGS).fit(X, y, comm=comm)
+    with pytest.raises(ValueError, match=r"^rank 0: X: expected shape "):
+        FunBaT(**SETTINGS).fit(np.ones(3) if comm.rank == 0 else X, np.nan_to_num(y), comm=comm)
 
 
 def main() -> None:
