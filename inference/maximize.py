@@ -10,7 +10,13 @@ from torch import Tensor
 __all__ = ["maximize"]
 
 
-def maximize(objective: Callable[[Tensor], Tensor], start: Tensor, bounds: Tensor, max_iter: int) -> Tensor:
+def maximize(
+    objective: Callable[[Tensor], Tensor],
+    start: Tensor,
+    bounds: Tensor,
+    max_iter: int,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """A few steps uphill; the value at the result is never below that at `start`.
 
     Parameters
@@ -22,6 +28,9 @@ def maximize(objective: Callable[[Tensor], Tensor], start: Tensor, bounds: Tenso
         Lower and upper bounds.
     max_iter : int
         Iterations of L-BFGS-B.
+    total : callable, optional
+        Where each rank knows a part of the objective: sums a float64 vector over the ranks, with the same result on
+        all of them. Value and gradient travel together, and all ranks take the same steps.
 
     Returns
     -------
@@ -34,7 +43,9 @@ def maximize(objective: Callable[[Tensor], Tensor], start: Tensor, bounds: Tenso
         with torch.enable_grad():
             value = objective(x)
             (gradient,) = torch.autograd.grad(value, x)
-        return -value.item(), -gradient.reshape(-1).double().cpu().numpy()
+        found = torch.cat([value.detach().reshape(1), gradient.reshape(-1)]).double()
+        found = found if total is None else total(found)
+        return -found[0].item(), -found[1:].cpu().numpy()
 
     x0 = start.reshape(-1).double().cpu().numpy()
     result = minimize(

@@ -7,7 +7,7 @@ summed values only.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from probtensor.comm import Comm
 __all__ = ["MessagePassingModel", "Result", "run"]
 
 StateT = TypeVar("StateT")
-RowsT = TypeVar("RowsT", contravariant=True)
+RowsT = TypeVar("RowsT")
 BlockT = TypeVar("BlockT")
 
 SCREENING = 10  # sweeps that each of several starts gets before the best goes on
@@ -45,6 +45,10 @@ class MessagePassingModel(Protocol[StateT, RowsT, BlockT]):
         """The first state of a trial."""
         ...
 
+    def begin(self, state: StateT, rows: RowsT) -> RowsT:
+        """The rows with what the first sweep of a trial needs to know of them."""
+        ...
+
     def local_statistics(self, state: StateT, block: BlockT, rows: RowsT) -> Tensor:
         """Sums over rows for one block."""
         ...
@@ -53,8 +57,8 @@ class MessagePassingModel(Protocol[StateT, RowsT, BlockT]):
         """The state with one block at its optimum."""
         ...
 
-    def end_sweep(self, state: StateT) -> StateT:
-        """The state after the last block."""
+    def end_sweep(self, state: StateT, rows: RowsT, total: Callable[[Tensor], Tensor]) -> tuple[StateT, RowsT]:
+        """State and rows after the last block; `total` sums a tensor over all ranks."""
         ...
 
     def bound(self, state: StateT) -> Tensor:
@@ -96,6 +100,7 @@ def run(
     scale: float,
     n_init: int = 1,
     min_iter: int = 0,
+    state: StateT | None = None,
     progress: bool = True,
 ) -> Result[StateT]:
     """Sweep until the bound settles.
@@ -119,6 +124,8 @@ def run(
         Starts; the one with the highest bound after `SCREENING` sweeps goes on.
     min_iter : int, default 0
         Sweeps at least.
+    state : optional
+        Where to go on from, instead of starting anew.
     progress : bool, default True
         Show a progress bar on rank 0, once the run has taken a second.
 
@@ -136,34 +143,40 @@ def run(
     ConvergenceWarning
         If `max_iter` is reached.
     """
-    statistics = comm.sum(model.local_start(rows))
-    screening = min(SCREENING, max_iter) if n_init > 1 else 0
-    total = n_init * screening + max_iter - screening
+    screening = min(SCREENING, max_iter) if n_init > 1 and state is None else 0
+    n_starts = n_init if state is None else 0
+    total = n_starts * screening + max_iter - screening
     with tqdm(total=total, desc="sweeps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
 
-        def sweep(state: StateT, history: list[float]) -> StateT:
+        def sweep(state: StateT, rows: RowsT, history: list[float]) -> tuple[StateT, RowsT]:
             try:
                 for block in model.blocks:
                     state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
-                state = model.end_sweep(state)
+                state, rows = model.end_sweep(state, rows, comm.sum)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise FloatingPointError(f"sweep {len(history) + 1} met a singular matrix; {ADVICE}") from error
             history.append(_finite(float(model.bound(state)), len(history) + 1))
             bar.update()
             bar.set_postfix(bound=f"{history[-1]:.6g}", refresh=False)
-            return state
+            return state, rows
 
-        best: tuple[StateT, list[float]] | None = None
-        for trial in range(n_init):
-            state, history = model.start(statistics, generator, trial), list[float]()
-            for _ in range(screening):
-                state = sweep(state, history)
-            if best is None or history[-1] > best[1][-1]:
-                best = state, history
-        assert best is not None  # n_init >= 1
-        state, history = best
+        history: list[float] = []
+        if state is not None:
+            rows = model.begin(state, rows)
+        else:
+            statistics = comm.sum(model.local_start(rows))
+            best: tuple[StateT, RowsT, list[float]] | None = None
+            for trial in range(n_init):
+                tried = model.start(statistics, generator, trial)
+                tried_rows, tried_history = model.begin(tried, rows), list[float]()
+                for _ in range(screening):
+                    tried, tried_rows = sweep(tried, tried_rows, tried_history)
+                if best is None or tried_history[-1] > best[2][-1]:
+                    best = tried, tried_rows, tried_history
+            assert best is not None  # n_init >= 1
+            state, rows, history = best
         while len(history) < max_iter:
-            state = sweep(state, history)
+            state, rows = sweep(state, rows, history)
             if len(history) < max(min_iter, PATIENCE + 1):
                 continue
             if abs(history[-1] - history[-1 - PATIENCE]) <= tol * max(abs(history[-1]), scale):
@@ -175,7 +188,7 @@ def run(
             f"not converged: {reason}, the bound still moves. Raise max_iter or tol, or look at bound_history_; "
             "a lower rank often converges faster.",
             ConvergenceWarning,
-            stacklevel=6,  # the line that called fit: past run, its no_grad, _fit, _fit_observed and fit
+            stacklevel=8,  # the line that called fit: past run, its no_grad, sweeps, fit, _fit, _fit_observed and fit
         )
     return Result(state, history, max_iter, False, reason)
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -11,42 +12,69 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from probtensor.axes import Axis
-from probtensor.comm import Comm
-from probtensor.data import Duplicates
-from probtensor.estimator import TensorRegressor
-from probtensor.gaussian import Gamma, Gaussian
-from probtensor.inference.kalman import Posterior, Sites
-from probtensor.inference.message_passing import run
-from probtensor.models.functional_tucker import WARM_UP, Factor, FunctionalTucker, Rows, State
+from probtensor.comm import Comm, Serial
+from probtensor.data import Duplicates, group_cells
+from probtensor.estimator import TensorRegressor, Where
+from probtensor.gaussian import Gamma
+from probtensor.intake import observe_more, row_numbers, seen_after
+from probtensor.likelihoods import Likelihood, StudentT
+from probtensor.models.funbat_parameters import check_parameters, resolve_likelihood, resolve_ranks
+from probtensor.models.funbat_state import (
+    likelihood_from_state,
+    likelihood_to_state,
+    read_posterior,
+    write_posterior,
+)
+from probtensor.models.functional_fit import Fitted, Table, fit, renewed, spread_cells
+from probtensor.models.functional_state import State
+from probtensor.models.functional_stream import absorb, extend
+from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import latent_functions
-from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device
+from probtensor.models.observation import Observation
+from probtensor.models.relevance import main_effect
+from probtensor.predictive import Predictive
+from probtensor.resources import RandomState, make_generator, resolve_device, threads_for
 
 __all__ = ["FunBaT"]
 
 FloatArray = npt.NDArray[np.floating[Any]]
-MAX_CORE = 8_000  # entries of a Tucker core with its constant columns
+PRUNE = 1e-3  # components that contribute less, in standard deviations of y, are dropped
+RELEVANT = 1e-2  # components that contribute more count for the effective rank
 
 
 class FunBaT(TensorRegressor):
     """Functional Bayesian Tucker or CP decomposition of a tensor whose modes are continuous or categorical.
 
-    Each mode has latent functions: Matérn Gaussian processes over a continuous axis, independent rows over the labels
-    of a categorical one. An entry is a multilinear combination of them plus Gaussian noise. The posterior comes from
-    message passing with state-space smoothers; lengthscales and variances are learned from the evidence lower bound.
-    The cost of a sweep grows with the number of observed entries and of distinct coordinates, never with the tensor's
+    Each mode has latent functions: Gaussian processes over a continuous axis, independent rows over the labels of a
+    categorical one. An entry is a multilinear combination of them; observed values scatter around it by a likelihood of
+    one's choice. The posterior comes from message passing with state-space smoothers; lengthscales, variances and the
+    likelihood's parameters are learned from the evidence lower bound, components that explain nothing are dropped. The
+    cost of a sweep grows with the number of observed entries and of distinct coordinates, never with the tensor's
     volume.
 
     Parameters
     ----------
-    rank : int or sequence of int, default 3
-        Latent functions of each mode; a sequence gives one number a mode (Tucker only).
-    form : {"tucker", "cp"}, default "tucker"
-        Tucker couples every function of a mode with every one of the others through a core; CP pairs them one to one.
+    rank : int or sequence of int, default 6
+        Latent functions of each mode at most; a sequence gives one number a mode (Tucker only). See `effective_rank_`.
+    form : {"cp", "tucker"}, default "cp"
+        CP pairs the functions of the modes one to one; Tucker couples every function of a mode with every one of the
+        others through a core.
     axes : sequence of Axis, optional
-        What the modes mean. Default: by column, floats and dates continuous, all else categorical.
+        What the modes mean, and the kernels over them. Default: by column, floats and dates continuous, all else
+        categorical.
+    likelihood : str or Likelihood, default "student-t"
+        How values scatter: "student-t", "gaussian", "poisson", "negative-binomial" or "bernoulli". Student-t has 4
+        degrees of freedom; `probtensor.likelihoods.StudentT()` learns them. Counts have a log link, binary values a
+        logit link.
+    nugget : bool, default True
+        Give each cell that is observed more than once a residual of its own, which all its rows share. Gaussian and
+        Student-t likelihoods only.
     main_effects : bool, default True
         Give each mode an effect of its own beside the interactions: one more function a mode in CP, a constant column a
         mode in Tucker. The authors' model is ``False``.
+    calibration : float or "auto", default "auto"
+        Share of the rows held out at first, to shape intervals by what predictions miss them by; then the fit goes on
+        with all rows. "auto": a tenth where that is 200 rows or more, else 0. Gaussian and Student-t likelihoods only.
     max_iter : int, default 200
         Sweeps at most.
     tol : float, default 1e-3
@@ -58,15 +86,18 @@ class FunBaT(TensorRegressor):
         Share of the old message kept, in [0, 1). The bound is monotone without damping.
     learn_hyperparameters : bool, default True
         Whether lengthscales and variances are learned.
-    noise_prior : tuple of two float, default (1.0, 1.0)
-        Shape and rate of the gamma prior of the noise precision of standardised values. The authors' choice; it weighs
-        as much as two rows, and keeps intervals wide where a few hundred rows are very precise: (1e-3, 1e-3) then.
+    relevance_prior : tuple of float, default (1.0, 0.01)
+        Shape and rate of the gamma prior on one over each function's variance, for values standardised to one.
+    noise_prior : tuple of float, default (1.0, 1.0)
+        Shape and rate of the gamma prior on the noise precision of values standardised to variance one; only with
+        ``likelihood="gaussian", nugget=False``. The rate weighs in where data are few and precise: a thousand rows
+        whose noise is 1 % of their spread want a rate of 0.01 or less.
     duplicates : {"observations", "error", "sum", "mean"}, default "observations"
         What rows with equal coordinates are.
     device : str, default "auto"
         Where to compute: "cpu", "cuda", or a GPU where there is one.
     random_state : int, Generator, RandomState or None, default None
-        Seed of the start. No global generator is read or moved.
+        Seed of the start and of the rows held out. No global generator is read or moved.
     progress : bool, default True
         Show a progress bar on long fits.
 
@@ -74,11 +105,19 @@ class FunBaT(TensorRegressor):
     ----------
     bound_, bound_history_ : float, list of float
         Evidence lower bound of the values in their own unit; the last, and after each sweep.
+    phase_starts_ : tuple of int
+        Sweeps from which on the bound is that of another model, so that it may step: with heavy tails instead of
+        light ones, with the rows that were held out, without the components that were dropped.
     n_iter_, converged_, stop_reason_ : int, bool, str
-    noise_std_ : float
-        Standard deviation of the noise, in the unit of y.
+    noise_std_, nugget_std_ : float
+        Standard deviation of the noise of a row, and of the residual of a cell, in the unit of y (for a Student-t
+        likelihood its scale).
     rank_ : tuple of int
-        Latent functions of each mode.
+        Latent functions of each mode, after pruning.
+    relevance_ : ndarray, shape (R,)
+        CP: root mean square of each component over the observed entries, in the unit of y, strongest first.
+    effective_rank_ : int
+        CP: components of which `relevance_` is more than a hundredth of the standard deviation of y.
     core_ : ndarray, shape rank_ (plus one a mode with main effects), or None
         Mean of the Tucker core, in standardised units; column 0 of a mode is the constant.
     hyperparameters_ : dict
@@ -104,18 +143,26 @@ class FunBaT(TensorRegressor):
     True
     """
 
+    _model: FunctionalTucker
+    _state: State
+    _observation: Observation | None
+
     def __init__(
         self,
-        rank: int | Sequence[int] = 3,
-        form: Literal["tucker", "cp"] = "tucker",
+        rank: int | Sequence[int] = 6,
+        form: Literal["cp", "tucker"] = "cp",
         axes: Sequence[Axis] | None = None,
         *,
+        likelihood: str | Likelihood = "student-t",
+        nugget: bool = True,
         main_effects: bool = True,
+        calibration: float | Literal["auto"] = "auto",
         max_iter: int = 200,
         tol: float = 1e-3,
         n_init: int = 3,
         damping: float = 0.0,
         learn_hyperparameters: bool = True,
+        relevance_prior: tuple[float, float] = (1.0, 0.01),
         noise_prior: tuple[float, float] = (1.0, 1.0),
         duplicates: Duplicates = "observations",
         device: str = "auto",
@@ -125,17 +172,74 @@ class FunBaT(TensorRegressor):
         self.rank = rank
         self.form = form
         self.axes = axes
+        self.likelihood = likelihood
+        self.nugget = nugget
         self.main_effects = main_effects
+        self.calibration = calibration
         self.max_iter = max_iter
         self.tol = tol
         self.n_init = n_init
         self.damping = damping
         self.learn_hyperparameters = learn_hyperparameters
+        self.relevance_prior = relevance_prior
         self.noise_prior = noise_prior
         self.duplicates = duplicates
         self.device = device
         self.random_state = random_state
         self.progress = progress
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, *, noise_std: Any = None) -> Self:
+        """Fold new rows in, without the old ones; the first call is `fit`.
+
+        The cost depends on the new rows, and on the number of distinct coordinates. Rows may bring new coordinates and
+        labels, and more values of cells that were seen. Units, ranks and intervals' calibration stay as they were;
+        lengthscales and variances go on learning. Equal to a fit on all rows where the model is linear and Gaussian
+        (one mode, known noise, hyperparameters fixed); else an approximation that does not revisit old rows.
+
+        Parameters
+        ----------
+        X, y, sample_weight, noise_std
+            As in `fit`.
+
+        Returns
+        -------
+        self
+        """
+        if not hasattr(self, "axes_"):
+            return self.fit(X, y, sample_weight, noise_std=noise_std)
+        table = self._columns(X)
+        known_noise = isinstance(self._model.likelihood, StudentT) and self._model.likelihood.noise_known
+        if known_noise != (noise_std is not None):
+            wanted = "standard deviations, as at first" if known_noise else "None, as at first"
+            raise ValueError(f"noise_std: expected {wanted}, got {noise_std!r}")
+        observed, places = observe_more(table, y, self.axes_)
+        count = row_numbers(sample_weight, "sample_weight", len(table))
+        std = row_numbers(noise_std, "noise_std", len(table))
+        device = self._fitted_device()
+        values = (observed.values.to(device) - self.y_mean_) / self.y_scale_
+        if self._model.likelihood is not None:
+            self._model.likelihood.check(values)
+        new_rows = Table(
+            observed.positions.to(device),
+            values,
+            None if count is None else count.to(device),
+            None if std is None else (self.y_scale_ / std.to(device)) ** 2,
+            torch.arange(len(values), device=device),
+        )
+        places = [place.to(device) for place in places]
+        observation, seen = self._observation, None
+        if observation is not None and observation.seen is not None:
+            moved = [place[position] for place, position in zip(places, observation.seen.positions.T, strict=True)]
+            seen = observation.seen._replace(positions=torch.stack(moved, dim=1))
+        with threads_for(len(values)):
+            functions = tuple(latent_functions(axis, values) for axis in observed.axes)
+            model, state = extend(self._model, self._state, functions, places)
+            state, seen = absorb(model, state, seen, new_rows, Serial())
+        self._seen = seen_after(self._seen, self.axes_, observed)
+        self.axes_, self._model, self._state = observed.axes, model, state
+        if observation is not None:
+            self._observation = renewed(model, state, observation, seen)
+        return self
 
     def factor(self, name: str, at: Any = None) -> tuple[FloatArray, FloatArray]:
         """Posterior mean and standard deviation of a mode's latent functions.
@@ -181,16 +285,7 @@ class FunBaT(TensorRegressor):
         mode, where = self._where(name, at)
         if self._model.ranks == self.rank_:
             raise ValueError("main_effect: expected a model of two or more modes with main_effects=True")
-        mean, covariance = self._model.functions_at(self._state, mode, where)
-        if self._state.core is None:
-            effect, variance = mean[:, -1], covariance[:, -1, -1]
-        else:
-            ranks = self._model.ranks
-            flat = torch.arange(1, ranks[mode], device=mean.device) * math.prod(ranks[mode + 1 :])
-            core, core_covariance = self._state.core.mean[flat], self._state.core.covariance[flat[:, None], flat]
-            effect = mean @ core
-            second = covariance + mean[:, :, None] * mean[:, None, :]
-            variance = (second * (torch.outer(core, core) + core_covariance)).sum((1, 2)) - effect**2
+        effect, variance = main_effect(self._model, self._state, mode, where)
         std = variance.clamp(min=0).sqrt() * self.y_scale_
         effect = effect * self.y_scale_
         return effect.cpu().numpy().astype(self.dtype_), std.cpu().numpy().astype(self.dtype_)
@@ -203,9 +298,19 @@ class FunBaT(TensorRegressor):
 
     @property
     def noise_std_(self) -> float:
-        """Standard deviation of the noise, in the unit of y."""
-        check_is_fitted(self, "axes_")
-        return math.sqrt(self._noise_variance()) * self.y_scale_
+        """Standard deviation of the noise of a row, in the unit of y."""
+        return math.sqrt(self._residuals().noise_variance) * self.y_scale_
+
+    @property
+    def nugget_std_(self) -> float:
+        """Standard deviation of the residual of a cell, in the unit of y."""
+        return math.sqrt(self._residuals().nugget_variance) * self.y_scale_
+
+    @property
+    def effective_rank_(self) -> int:
+        """Components that matter, main effects not counted."""
+        check_is_fitted(self, "relevance_")
+        return int((self.relevance_ > RELEVANT * self.y_scale_).sum())
 
     @property
     def core_(self) -> FloatArray | None:
@@ -223,27 +328,56 @@ class FunBaT(TensorRegressor):
             for axis, f, factor in zip(self.axes_, self._model.functions, self._state.factors, strict=True)
         }
 
-    def _fit(self, positions: Tensor, values: Tensor, comm: Comm) -> None:
-        self._check_parameters()
-        self.rank_ = self._ranks()
-        self._model = self._build(values, self.form, bool(self.main_effects) and len(self.axes_) > 1)
-        result = run(
-            self._model,
-            Rows(positions.T.contiguous(), values),
-            comm=comm,
+    def _fit(
+        self, positions: Tensor, values: Tensor, comm: Comm, count: Tensor | None, precision: Tensor | None
+    ) -> None:
+        check_parameters(self.get_params(deep=False))
+        self.rank_ = resolve_ranks(self.rank, self.form, self.axes_, bool(self.main_effects))
+        table = Table(positions, values, count, precision, _row_numbers(values, comm))
+        likelihood = resolve_likelihood(self.likelihood, bool(self.nugget), known_noise=precision is not None)
+        if likelihood is not None:
+            likelihood.check(values)
+        if isinstance(likelihood, StudentT) and likelihood.nugget:
+            table = spread_cells(table, comm)
+            repeated = len(group_cells(table.positions.cpu().numpy())[1]) < len(table.values)
+            if not comm.sum(values.new_tensor([float(repeated)])).item() and precision is None:
+                likelihood = replace(likelihood, nugget=False)
+        offset = 0.0
+        if likelihood is not None and not likelihood.location_scale:
+            sums = comm.sum(torch.stack([values.new_tensor(float(len(values))), values.sum()]))
+            offset = likelihood.offset(float(sums[1] / sums[0]))
+        fitted = fit(
+            self._build(values, self.form, bool(self.main_effects) and len(self.axes_) > 1, likelihood, offset),
+            table,
+            comm,
             generator=make_generator(self._shared_seed(comm)),
+            held_out=None if self.calibration == "auto" else float(self.calibration),
+            prune_below=PRUNE if self.learn_hyperparameters else 0.0,
             max_iter=self.max_iter,
             tol=self.tol,
-            scale=float(comm.sum(values.new_tensor([values.shape[0]]))),
             n_init=self.n_init,
-            min_iter=WARM_UP + 4,
             progress=self.progress,
         )
-        self._state: State = result.state
-        self.bound_history_ = result.bound_history
-        self.n_iter_, self.converged_, self.stop_reason_ = result.n_iter, result.converged, result.stop_reason
+        self._keep(fitted)
 
-    def _build(self, like: Tensor, form: Literal["tucker", "cp"], main_effects: bool) -> FunctionalTucker:
+    def _keep(self, fitted: Fitted) -> None:
+        self._model, self._state, self._observation = fitted.model, fitted.state, fitted.observation
+        self.bound_history_, self.phase_starts_ = fitted.bound_history, fitted.phase_starts
+        self.n_iter_ = len(fitted.bound_history)
+        self.converged_, self.stop_reason_ = fitted.converged, fitted.stop_reason
+        self.relevance_ = np.sort(fitted.relevance.cpu().numpy())[::-1] * self.y_scale_
+        if self.form == "cp":
+            effects = len(self.axes_) if self._has_main_effects() else 0
+            self.rank_ = (self._model.ranks[0] - effects,) * len(self.axes_)
+
+    def _build(
+        self,
+        like: Tensor,
+        form: Literal["tucker", "cp"],
+        main_effects: bool,
+        likelihood: Likelihood | None,
+        offset: float,
+    ) -> FunctionalTucker:
         a0, b0 = (like.new_tensor(float(x)) for x in self.noise_prior)
         K, extra = len(self.axes_), int(main_effects)
         if form == "tucker":
@@ -258,47 +392,17 @@ class FunBaT(TensorRegressor):
             damping=self.damping,
             learn=bool(self.learn_hyperparameters),
             log_scale=math.log(self.y_scale_),
+            likelihood=likelihood,
+            offset=offset,
+            relevance_prior=tuple(float(x) for x in self.relevance_prior),  # type: ignore[arg-type]
         )
 
-    def _ranks(self) -> tuple[int, ...]:
-        K = len(self.axes_)
-        ranks = tuple(self.rank) if isinstance(self.rank, Sequence) else (self.rank,) * K
-        if len(ranks) != K:
-            raise ValueError(f"rank: expected one number or {K}, one for each mode, got {self.rank!r}")
-        if not all(is_integer(r) and r >= 1 for r in ranks):
-            raise ValueError(f"rank: expected integers of at least 1, got {self.rank!r}")
-        if self.form == "cp" and len(set(ranks)) > 1:
-            raise ValueError(f'rank: expected the same rank for all modes with form="cp", got {self.rank!r}')
-        for axis, rank in zip(self.axes_, ranks, strict=True):
-            if self.form == "tucker" and rank > axis.size:
-                raise ValueError(
-                    f"rank: expected at most {axis.size} for mode {axis.name!r}, which has {axis.size} distinct "
-                    f'coordinates, got {rank}; give one rank a mode, or use form="cp"'
-                )
-        entries = math.prod(int(r) + bool(self.main_effects) for r in ranks)
-        if self.form == "tucker" and entries > MAX_CORE:
-            raise ValueError(
-                f"rank: expected a core of at most {MAX_CORE:,} entries (covariance: half a GiB), got {self.rank!r}: "
-                f'{entries:,} entries; lower the ranks, or use form="cp"'
-            )
-        return tuple(int(r) for r in ranks)
+    def _has_main_effects(self) -> bool:
+        return not all(bool(free.all()) for free in self._model.free)
 
-    def _check_parameters(self) -> None:
-        if self.form not in ("cp", "tucker"):
-            raise ValueError(f'form: expected "cp" or "tucker", got {self.form!r}')
-        if not (is_number(self.damping) and 0 <= self.damping < 1):
-            raise ValueError(f"damping: expected a number in [0, 1), got {self.damping!r}")
-        if not (is_integer(self.max_iter) and self.max_iter >= 1):
-            raise ValueError(f"max_iter: expected an integer of at least 1, got {self.max_iter!r}")
-        if not (is_integer(self.n_init) and self.n_init >= 1):
-            raise ValueError(f"n_init: expected an integer of at least 1, got {self.n_init!r}")
-        if not (is_number(self.tol) and self.tol >= 0):
-            raise ValueError(f"tol: expected a number >= 0, got {self.tol!r}")
-        given: Any = self.noise_prior
-        if not (
-            isinstance(given, Sequence) and len(given) == 2 and all(is_number(x) and 0 < x < math.inf for x in given)
-        ):
-            raise ValueError(f"noise_prior: expected two positive numbers (shape, rate), got {self.noise_prior!r}")
+    def _location_scale(self) -> bool:
+        likelihood = resolve_likelihood(self.likelihood, bool(self.nugget), known_noise=False)
+        return likelihood is None or likelihood.location_scale
 
     def _shared_seed(self, comm: Comm) -> RandomState:
         """The seed of rank 0: sums over ranks mean something only when all have one start."""
@@ -316,67 +420,84 @@ class FunBaT(TensorRegressor):
         self._warn_of_unknown(self.axes_[mode], codes, at, stacklevel=4)
         return mode, torch.as_tensor(np.array(codes), device=self._fitted_device())
 
-    @torch.no_grad()
-    def _latent(self, encoded: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return self._model.predict(self._state, encoded)
+    def _residuals(self) -> Observation:
+        check_is_fitted(self, "axes_")
+        if self._observation is None:
+            raise AttributeError(f"{type(self._model.likelihood).__name__} has no noise variance")
+        return self._observation
 
-    @torch.no_grad()
-    def _latent_samples(self, encoded: list[Tensor], n_samples: int, generator: torch.Generator) -> Tensor:
-        return self._model.sample(self._state, encoded, n_samples, generator)
+    def _predictive(self, where: Where) -> Predictive:
+        mean, variance = self._model.predict(self._state, where.encoded)
+        if self._observation is None:
+            assert self._model.likelihood is not None
+            return self._model.likelihood.predictive(self._state.log_parameters, mean + self._model.offset, variance)
+        return self._observation.predictive(mean, variance, self._positions(where))
+
+    def _draw(self, where: Where, n_samples: int, generator: torch.Generator) -> Tensor:
+        f = self._model.sample(self._state, where.encoded, n_samples, generator)
+        if self._observation is not None:
+            mean, _ = self._model.predict(self._state, where.encoded)
+            return self._observation.draw(f, mean, self._positions(where), where.encoded, generator)
+        assert self._model.likelihood is not None
+        known = self._model.likelihood.predictive(
+            self._state.log_parameters, f.reshape(-1) + self._model.offset, torch.zeros_like(f).reshape(-1)
+        )
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        return torch.from_numpy(known.sample(1, rng).astype(float)).reshape(f.shape)
+
+    def _positions(self, where: Where) -> Tensor | None:
+        return None if self._observation is None or self._observation.seen is None else where.positions
 
     def _fitted_device(self) -> torch.device:
-        return self._state.squared_error.device
-
-    def _noise_variance(self) -> float:
-        shape, rate = self._state.noise
-        return float(rate / (shape - 1) if shape > 1 else rate / shape)
+        device: torch.device = self._state.squared_error.device
+        return device
 
     def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Arrays and JSON values that `from_state` makes the fitted model of."""
-        state = self._state
-        arrays = {
-            "noise": torch.stack(state.noise),
-            "totals": torch.stack([state.squared_error, state.n_rows, state.square]),
+        arrays, meta = write_posterior(self._model, self._state, self._observation)
+        arrays |= {
             "bound_history": torch.tensor(self.bound_history_, dtype=torch.float64),
+            "relevance": torch.tensor(self.relevance_.copy()),
         }
-        if state.core is not None:
-            arrays |= {"core.mean": state.core.mean, "core.covariance": state.core.covariance}
-        for k, factor in enumerate(state.factors):
-            # The posterior too: smoothing again could round otherwise, on another number of threads.
-            parts = factor._asdict() | {"sites": None, "posterior": None}
-            parts |= {f"sites.{name}": part for name, part in factor.sites._asdict().items()}
-            parts |= {f"posterior.{name}": part for name, part in factor.posterior._asdict().items()}
-            arrays |= {f"factor.{k}.{name}": part for name, part in parts.items() if part is not None}
-        meta = {
+        return arrays, meta | {
             "params": self._params_state(),
             "rank": list(self.rank_),
             "form": self._model.form,
-            "main_effects": self._model.ranks != self.rank_,
-            "sweep": state.sweep,
+            "phase_starts": list(self.phase_starts_),
             "n_iter": self.n_iter_,
             "converged": self.converged_,
             "stop_reason": self.stop_reason_,
         }
-        return arrays, meta
+
+    def _params_state(self) -> dict[str, Any]:
+        params = self.get_params(deep=False)
+        given = params["likelihood"]
+        state = super()._params_state()
+        return state | {"likelihood": likelihood_to_state(given) if isinstance(given, Likelihood) else given}
+
+    @classmethod
+    def from_state(cls, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Self:
+        """Fitted estimator from what `save` wrote; use `probtensor.load`."""
+        given = meta["params"]["likelihood"]
+        likelihood = likelihood_from_state(given) if isinstance(given, dict) else given
+        return super().from_state(arrays, meta | {"params": meta["params"] | {"likelihood": likelihood}})
 
     @torch.no_grad()
     def _restore(self, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:
         device = resolve_device(self.device)
         arrays = {name: array.to(device) for name, array in arrays.items()}
         self.rank_ = tuple(meta["rank"])
-        self._model = self._build(arrays["noise"], meta["form"], meta["main_effects"])
-        factors = tuple(_stored_factor(arrays, f"factor.{k}.") for k in range(len(self.axes_)))
-        error, n_rows, square = arrays["totals"]
-        core = Gaussian(arrays["core.mean"], arrays["core.covariance"]) if "core.mean" in arrays else None
-        self._state = State(factors, core, Gamma(*arrays["noise"]), error, n_rows, square, meta["sweep"])
+        model = self._build(arrays["noise"], meta["form"], False, None, 0.0)
+        self._model, self._state, self._observation = read_posterior(model, arrays, meta)
         self.bound_history_ = arrays["bound_history"].tolist()
-        self.n_iter_, self.converged_, self.stop_reason_ = meta["n_iter"], meta["converged"], meta["stop_reason"]
+        self.relevance_ = arrays["relevance"].cpu().numpy()
+        self.phase_starts_, self.n_iter_ = tuple(meta["phase_starts"]), meta["n_iter"]
+        self.converged_, self.stop_reason_ = meta["converged"], meta["stop_reason"]
 
 
-def _stored_factor(arrays: dict[str, Tensor], prefix: str) -> Factor:
-    """The factor whose parts `to_state` wrote under `prefix`."""
-    return Factor(
-        sites=Sites(*(arrays[f"{prefix}sites.{name}"] for name in Sites._fields)),
-        posterior=Posterior(*(arrays[f"{prefix}posterior.{name}"] for name in Posterior._fields)),
-        **{name: arrays[prefix + name] for name in ("log_hyperparameters", "divergence", "mean", "second")},
-    )
+def _row_numbers(values: Tensor, comm: Comm) -> Tensor:
+    """Number of each row of this rank among those of all ranks, in rank order."""
+    sizes = torch.zeros(comm.size, dtype=torch.int64)
+    sizes[comm.rank] = len(values)
+    first = int(comm.sum(sizes)[: comm.rank].sum())
+    return torch.arange(first, first + len(values), device=values.device)

@@ -1,7 +1,8 @@
 """Functional Bayesian CP and Tucker: the model's mathematics, for the rows that are at hand.
 
-Model: ``y_n ~ N(f_n, 1 / tau)``, ``f_n = W x_1 u^1(x_n^1) … x_K u^K(x_n^K)``, ``tau ~ Gamma``, ``vec(W) ~ N(0, I)`` for
-Tucker and superdiagonal ones for CP; the latent functions have the priors of `latent_functions`, all of mean zero.
+Model: ``y_n ~ N(f_n, 1 / (w_n tau))``, ``f_n = W x_1 u^1(x_n^1) … x_K u^K(x_n^K)``, ``tau ~ Gamma``,
+``vec(W) ~ N(0, I)`` for Tucker and superdiagonal ones for CP; the latent functions have the priors of
+`latent_functions`, all of mean zero.
 
 **Main effects.** Some columns of a factor may be fixed at one instead of being a latent function
 (`FunctionalTucker.free`). CP gets one component more per mode, free in that mode and one elsewhere: the mode's main
@@ -11,6 +12,11 @@ interactions of fewer modes.
 **Posterior.** ``q(W) q(tau) prod_k q(u^k)``. Each *block* in turn is set to its optimum given the others, from sums
 over rows (`local_statistics`), so that the bound never falls where nothing is damped.
 
+**Other likelihoods.** With a `Likelihood`, each entry's factor ``p(y | f)`` is replaced by a Gaussian one,
+``exp(shift f - precision f^2 / 2)``, renewed after every sweep from the moments of ``f``: the optimum of the weights
+for a Student-t likelihood, a natural-gradient step (Khan and Lin 2017) for counts and binary values. The blocks see
+Gaussian factors only.
+
 References
 ----------
 Fang, Yu, Wang, Li, Kirby, Zhe (2024), "Functional Bayesian Tucker Decomposition for Continuous-indexed Tensor Data",
@@ -18,9 +24,9 @@ ICLR, section 4. Differences: the core has a prior and its covariance is used; r
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,81 +44,24 @@ from probtensor.contract import (
     unpack_pairs,
 )
 from probtensor.gaussian import Gamma, Gaussian, from_natural, gaussian_kl, square_root, standard_normal
-from probtensor.inference.kalman import Posterior, Sites
+from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
+from probtensor.likelihoods import Likelihood, StudentT
+from probtensor.models.functional_start import local_start, no_sites, start_columns
+from probtensor.models.functional_state import Block, Factor, Rows, State
 from probtensor.models.latent_functions import LatentFunctions, Moments
 
-__all__ = ["Block", "Factor", "FunctionalTucker", "Rows", "State"]
-
-Block = int | Literal["core"]
+__all__ = ["FunctionalTucker"]
 
 CHUNK = 2**21  # numbers in the largest temporary of one chunk of rows
 WARM_UP = 4  # sweeps before noise and hyperparameters move, so that no start is explained away as noise
 LEARN_EVERY = 2  # sweeps from one step of the hyperparameters to the next
 LEARN_STEPS = 3  # iterations of the optimiser in one such step
+LIGHT_TAILS = 16  # sweeps of a heavy-tailed likelihood with Gaussian tails: else what few rows share is an outlier
+CVI_DAMPING = 0.5  # share of the old Gaussian factor kept where the new one is a natural-gradient step, no optimum
 # Shares of the variance that a start takes for noise, in turn: a large share finds the few broad effects of noisy data,
 # a small one keeps many components alive where data are precise. The bound decides.
 START_NOISE = (0.02, 0.5)
-
-
-class Rows(NamedTuple):
-    """Observed entries of one rank: positions (K, n) int64 in the modes' coordinates, standardised values (n,)."""
-
-    positions: Tensor
-    values: Tensor
-
-
-class Factor(NamedTuple):
-    """Posterior of one mode.
-
-    Attributes
-    ----------
-    sites : Sites
-        Sums of the rows' messages to the latent functions, one a coordinate.
-    log_hyperparameters : Tensor, shape (n_hyperparameters, n_functions)
-    posterior : Posterior
-        What `LatentFunctions.posterior` gave.
-    divergence : Tensor, scalar
-        Kullback-Leibler divergence from the prior.
-    mean : Tensor, shape (T, R)
-        ``E u``; columns that are no latent function hold ones.
-    second : Tensor, shape (T, R (R + 1) / 2)
-        Packed ``E u u'``.
-    """
-
-    sites: Sites
-    log_hyperparameters: Tensor
-    posterior: Posterior
-    divergence: Tensor
-    mean: Tensor
-    second: Tensor
-
-
-class State(NamedTuple):
-    """Everything that the posterior is made of, and what the bound needs.
-
-    Attributes
-    ----------
-    factors : tuple of Factor
-    core : Gaussian or None
-        ``q(W)``, vectorised in the order of the modes; None for CP.
-    noise : Gamma
-        ``q(tau)``, precision of the standardised values.
-    squared_error : Tensor, scalar
-        ``sum_n E (y_n - f_n)^2`` over all rows.
-    n_rows, square : Tensor, scalars
-        ``N`` and ``sum_n y_n^2`` over all rows.
-    sweep : int
-        Sweeps done.
-    """
-
-    factors: tuple[Factor, ...]
-    core: Gaussian | None
-    noise: Gamma
-    squared_error: Tensor
-    n_rows: Tensor
-    square: Tensor
-    sweep: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +83,13 @@ class FunctionalTucker:
         Whether hyperparameters are learned.
     log_scale : float
         Logarithm of the unit of the standardised values: the bound is that of the values in their own unit.
+    likelihood : Likelihood or None
+        None: Gaussian with precision ``tau``.
+    offset : float
+        Added to ``f`` in the likelihood: where counts or binary values have their mean.
+    relevance_prior : tuple of float
+        Shape and rate of the gamma prior on one over each function's variance: with a shape above 0, functions that
+        explain nothing vanish.
     """
 
     functions: tuple[LatentFunctions, ...]
@@ -143,6 +99,9 @@ class FunctionalTucker:
     damping: float = 0.0
     learn: bool = True
     log_scale: float = 0.0
+    likelihood: Likelihood | None = None
+    offset: float = 0.0
+    relevance_prior: tuple[float, float] = (0.0, 0.0)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -156,30 +115,20 @@ class FunctionalTucker:
         return ("core", *modes) if self.form == "tucker" else tuple(modes)
 
     def local_start(self, rows: Rows) -> Tensor:
-        """Sums over rows for the start, packed: count, squares, and by coordinate the count and sum of values."""
-        n, y = rows.values.new_tensor([rows.values.shape[0]]), rows.values
-        parts = [n, (y @ y)[None]]
-        for f, position in zip(self.functions, rows.positions, strict=True):
-            parts.append(torch.bincount(position, minlength=f.size).to(y))
-            parts.append(torch.zeros(f.size, dtype=y.dtype, device=y.device).index_add_(0, position, y))
-        return torch.cat(parts)
+        """Sums over rows that a start needs; see `functional_start`."""
+        return local_start(self.functions, self._first_sites(rows, self._start_parameters(0.5, rows.values)))
 
     def start(self, statistics: Tensor, generator: torch.Generator, trial: int = 0) -> State:
         """A start from data: smoothed means by mode are a column of its factor, the rest are draws from the prior."""
         n_rows, square = statistics[0], statistics[1]
-        split = torch.split(statistics[2:], [f.size for f in self.functions for _ in range(2)])
-        effects = [_smoothed_means(f, n, s) for f, n, s in zip(self.functions, split[::2], split[1::2], strict=True)]
-        strength = [float((n * e**2).sum()) for n, e in zip(split[::2], effects, strict=True)]
-        order = sorted(range(len(effects)), key=lambda k: -strength[k])
+        columns = start_columns(self.functions, self.free, self.form, statistics, generator)
         factors = []
-        for k, f in enumerate(self.functions):
-            n_functions = int(self.free[k].sum())
+        for f, mean, free in zip(self.functions, columns, self.free, strict=True):
+            n_functions = int(free.sum())
             # Within their bounds: the optimiser would move them there first, and the bound could fall.
             hyper = torch.clamp(f.initial_hyperparameters(n_functions), *f.bounds(n_functions))
-            nothing = _no_sites(f.size, hyper)
+            nothing = no_sites(f.size, hyper)
             posterior, _ = f.posterior(hyper, nothing)
-            draw = f.sample(hyper, nothing, f.everywhere(), 1, generator)[0]
-            mean = self._start_columns(k, order.index(k), effects[k], draw)
             zero = torch.zeros_like(square)
             factors.append(Factor(nothing, hyper, posterior, zero, mean, pack(mean[:, :, None] * mean[:, None, :])))
         core = None
@@ -187,8 +136,25 @@ class FunctionalTucker:
             one = torch.eye(math.prod(self.ranks), dtype=square.dtype, device=square.device)
             core = Gaussian(torch.zeros_like(one[0]), one)
         a0, b0 = self.noise_prior
-        noise = Gamma(a0 + n_rows / 2, b0 + 0.5 * START_NOISE[trial % len(START_NOISE)] * square)
-        return State(tuple(factors), core, noise, square, n_rows, square, 0)
+        share = START_NOISE[trial % len(START_NOISE)]
+        noise = Gamma(a0 + n_rows / 2, b0 + 0.5 * share * square)
+        parameters = self._start_parameters(share, square)
+        return State(tuple(factors), core, noise, square, n_rows, square, 0, parameters)
+
+    def begin(self, state: State, rows: Rows) -> Rows:
+        """Rows with their first Gaussian factors: at the offset for a new state, else where the state predicts."""
+        if self.likelihood is None:
+            return rows
+        if state.sweep == 0:
+            return self._first_sites(rows, state.log_parameters)
+        return self._with_sites(
+            rows, self.likelihood_at(state.sweep - 1), state.log_parameters, *self.at_rows(state, rows)
+        )
+
+    def likelihood_at(self, sweep: int) -> Likelihood:
+        """The likelihood of a sweep: heavy tails wait until the factors have found what many rows share."""
+        assert self.likelihood is not None
+        return self.likelihood if sweep >= LIGHT_TAILS else self.likelihood.light_tailed()
 
     def structure(self, state: State) -> Structure:
         """Moments of the CP or Tucker form under the posterior."""
@@ -211,16 +177,18 @@ class FunctionalTucker:
         else:
             structure, rank = self.structure(state), self.ranks[block]
             total = rows.values.new_zeros(self.functions[block].size, packed_size(rank) + rank)
-        for chunk in self._chunks(rows.values.shape[0]):
+        for chunk in self.chunks(rows.values.shape[0]):
             positions, y = rows.positions[:, chunk], rows.values[chunk]
+            weight = None if rows.precision is None else rows.precision[chunk]
             means = [f.mean.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)]
             seconds = [f.second.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)]
             if block == "core":
-                precision, shift = core_statistics(means, seconds, y)
+                precision, shift = core_statistics(means, seconds, y, weight)
                 total += torch.cat([precision.reshape(-1), shift.reshape(-1)])
             else:
                 a, aa = structure.partial(block, means, seconds)
-                total.index_add_(0, positions[block], torch.cat([aa, y[:, None] * a], dim=1))
+                terms = torch.cat([aa, y[:, None] * a], dim=1)
+                total.index_add_(0, positions[block], terms if weight is None else terms.mul_(weight[:, None]))
         return total
 
     def update(self, state: State, block: Block, statistics: Tensor) -> State:
@@ -232,34 +200,84 @@ class FunctionalTucker:
         precision, shift = unpack(statistics[:, :cut]), statistics[:, cut:]
         # Columns of ones are known: what they explain moves to the other side.
         known = precision[:, free][:, :, ~free].sum(-1)
-        tau = state.noise.mean
+        tau = self._unit(state)
         sites = Sites(tau * precision[:, free][:, :, free], tau * (shift[:, free] - known))
         if self.damping:
             sites = Sites(*(torch.lerp(new, kept, self.damping) for new, kept in zip(sites, old.sites, strict=True)))
+        if state.past is not None:
+            sites = Sites(*(new + then for new, then in zip(sites, state.past.sites[block], strict=True)))
         hyper = old.log_hyperparameters
-        if self.learn and state.sweep >= WARM_UP and state.sweep % LEARN_EVERY == 0:
-            hyper = maximize(lambda h: f.log_normalizer(h, sites), hyper, f.bounds(hyper.shape[1]), LEARN_STEPS)
+        due = state.past is not None or (state.sweep >= WARM_UP and state.sweep % LEARN_EVERY == 0)
+        if self.learn and due:
+            hyper = maximize(
+                lambda h: f.log_normalizer(h, sites) + self._log_relevance(f, h),
+                hyper,
+                f.bounds(hyper.shape[1]),
+                LEARN_STEPS,
+            )
         factor = self.factor(block, sites, hyper)
         error = state.square - 2 * (shift * factor.mean).sum() + (pack_dual(precision) * factor.second).sum()
         factors = (*state.factors[:block], factor, *state.factors[block + 1 :])
         return state._replace(factors=factors, squared_error=error.clamp(min=0))
 
-    def end_sweep(self, state: State) -> State:
-        """Update the noise and count the sweep."""
-        noise = state.noise
-        if state.sweep >= WARM_UP:
-            a0, b0 = self.noise_prior
-            rate = b0 + 0.5 * state.squared_error
-            noise = Gamma(a0 + state.n_rows / 2, torch.lerp(rate, noise.rate, self.damping) if self.damping else rate)
-        return state._replace(noise=noise, sweep=state.sweep + 1)
+    def end_sweep(
+        self, state: State, rows: Rows, total: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> tuple[State, Rows]:
+        """Update the noise, or the likelihood's parameters and all rows' Gaussian factors; count the sweep."""
+        if self.likelihood is None:
+            noise = state.noise
+            if state.sweep >= WARM_UP:
+                a0, b0 = self.noise_prior
+                n_rows, error = state.n_rows, state.squared_error
+                if state.past is not None:
+                    n_rows, error = n_rows + state.past.n_rows, error + state.past.squared_error
+                rate = b0 + 0.5 * error
+                rate = torch.lerp(rate, noise.rate, self.damping) if self.damping else rate
+                noise = Gamma(a0 + n_rows / 2, rate)
+            return state._replace(noise=noise, sweep=state.sweep + 1), rows
+        likelihood, parameters = self.likelihood_at(state.sweep), state.log_parameters
+        mean, variance = self.at_rows(state, rows)
+        entries = rows.entries
+        assert entries is not None
+        if state.sweep >= WARM_UP and len(parameters) and state.past is None:
+            bounds = likelihood.bounds(parameters)
+            parameters = maximize(
+                lambda p: likelihood.expected_log_prob(p, entries, mean, variance).sum(),
+                parameters,
+                bounds,
+                LEARN_STEPS,
+                total,
+            )
+        expected = total(likelihood.expected_log_prob(parameters, entries, mean, variance).sum()[None])[0]
+        rows = self._with_sites(rows, likelihood, parameters, mean, variance)
+        return state._replace(log_parameters=parameters, expected=expected, sweep=state.sweep + 1), rows
+
+    def at_rows(self, state: State, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Mean and variance (n,) of ``f``, offset included, at the rows."""
+        structure = self.structure(state)
+        means, variances = rows.values.new_empty(rows.values.shape), rows.values.new_empty(rows.values.shape)
+        for chunk in self.chunks(rows.values.shape[0]):
+            positions = rows.positions[:, chunk]
+            mean = structure.mean([f.mean.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)])
+            second = structure.second(
+                [f.second.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)]
+            )
+            means[chunk], variances[chunk] = mean + self.offset, (second - mean**2).clamp(min=0)
+        return means, variances
 
     def bound(self, state: State) -> Tensor:
         """Evidence lower bound, a scalar: E log-likelihood less the divergences of all factors from their priors."""
+        bound = -state.n_rows * self.log_scale - sum(f.divergence for f in state.factors)
+        if any(self.relevance_prior):
+            factors = zip(self.functions, state.factors, strict=True)
+            bound = bound + sum(self._log_relevance(f, factor.log_hyperparameters) for f, factor in factors)
+        if state.core is not None:
+            bound = bound - gaussian_kl(state.core)
+        if state.expected is not None:
+            return bound + state.expected
         noise = state.noise
-        log_density = 0.5 * (noise.mean_log - math.log(2 * math.pi)) - self.log_scale
-        bound = state.n_rows * log_density - 0.5 * noise.mean * state.squared_error
-        bound = bound - sum(f.divergence for f in state.factors) - noise.kl(self.noise_prior)
-        return bound if state.core is None else bound - gaussian_kl(state.core)
+        density = 0.5 * state.n_rows * (noise.mean_log - math.log(2 * math.pi)) - 0.5 * noise.mean * state.squared_error
+        return bound + density - noise.kl(self.noise_prior)
 
     def factor(self, mode: int, sites: Sites, log_hyperparameters: Tensor) -> Factor:
         """Posterior of a mode from its sites and hyperparameters."""
@@ -288,7 +306,7 @@ class FunctionalTucker:
         moments = [self._with_ones(k, self.functions_at(state, k, x)) for k, (x, _) in enumerate(unique)]
         structure = self.structure(state)
         parts = []
-        for chunk in self._chunks(coordinates[0].shape[0]):
+        for chunk in self.chunks(coordinates[0].shape[0]):
             means = [m.index_select(0, i[chunk]) for (m, _), (_, i) in zip(moments, unique, strict=True)]
             seconds = [s.index_select(0, i[chunk]) for (_, s), (_, i) in zip(moments, unique, strict=True)]
             mean = structure.mean(means)
@@ -328,10 +346,12 @@ class FunctionalTucker:
     def _update_core(self, state: State, statistics: Tensor) -> State:
         packed_shape = [packed_size(r) for r in self.ranks]
         cut = math.prod(packed_shape)
-        tau = state.noise.mean
+        tau = self._unit(state)
         precision = tau * unpack_pairs(statistics[:cut].reshape(packed_shape))
         one = torch.eye(precision.shape[0], dtype=precision.dtype, device=precision.device)
         precision, shift = precision + one, tau * statistics[cut:]
+        if state.past is not None and state.past.core is not None:
+            precision, shift = precision + state.past.core[0], shift + state.past.core[1]
         if self.damping and state.core is not None:
             old = torch.linalg.inv(state.core.covariance)
             precision = torch.lerp(precision, old, self.damping)
@@ -349,41 +369,56 @@ class FunctionalTucker:
         second[:, index[:, None], index] += moments.covariance
         return mean, pack(second)
 
-    def _start_columns(self, mode: int, place: int, effect: Tensor, draw: Tensor) -> Tensor:
-        """Columns (T, R) to start a mode from; `place` is the mode's place when ordered by strength of main effect."""
-        free = self.free[mode]
-        mean = draw.new_ones(draw.shape[0], len(free))
-        mean[:, free] = draw
-        main_effects = not all(bool(f.all()) for f in self.free)
-        scale = effect.square().mean().sqrt().clamp(min=1e-6)
-        if self.form == "tucker":
-            if main_effects or len(free) > 1:
-                mean[:, 0], mean[:, 1] = 1.0, effect / scale
-            elif place == 0:
-                mean[:, 0] = effect / scale
-            else:
-                mean[:, 0] = 1.0
-        elif main_effects:
-            mean[:, len(free) - len(self.functions) + mode] = effect
-        else:
-            for r in range(min(len(free), len(self.functions))):
-                mean[:, r] = 0.5 * draw[:, r] + (effect if r == place else 1.0)
-        return mean
+    def _unit(self, state: State) -> Tensor | float:
+        """What the rows' precisions are measured in."""
+        return state.noise.mean if self.likelihood is None else 1.0
 
-    def _chunks(self, n: int) -> Iterator[slice]:
+    def _start_parameters(self, share: float, like: Tensor) -> Tensor:
+        return like.new_zeros(0) if self.likelihood is None else self.likelihood.start(share, like)
+
+    def _first_sites(self, rows: Rows, parameters: Tensor) -> Rows:
+        if self.likelihood is None:
+            return rows
+        assert rows.entries is not None
+        nowhere = torch.full_like(rows.entries.value, self.offset)
+        return self._with_sites(rows, self.likelihood_at(0), parameters, nowhere, torch.zeros_like(nowhere), first=True)
+
+    def _with_sites(
+        self,
+        rows: Rows,
+        likelihood: Likelihood,
+        parameters: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        first: bool = False,
+    ) -> Rows:
+        """Rows whose Gaussian factors stand for the likelihood near ``N(mean, variance)``."""
+        assert rows.entries is not None
+        precision, shift = likelihood.sites(parameters, rows.entries, mean, variance)
+        if rows.before is not None:
+            assert isinstance(likelihood, StudentT)
+            known = likelihood.known_part(parameters, rows.entries, rows.before, precision)
+            precision, shift = precision - known[0], shift - known[1]
+        shift = shift - precision * self.offset
+        if not (likelihood.exact or first) and rows.precision is not None:
+            keep = max(self.damping, CVI_DAMPING)
+            shift = torch.lerp(shift, rows.precision * rows.values, keep)
+            precision = torch.lerp(precision, rows.precision, keep)
+        precision = precision.clamp(min=torch.finfo(precision.dtype).tiny ** 0.5)
+        return rows._replace(values=shift / precision, precision=precision)
+
+    def _log_relevance(self, f: LatentFunctions, log_hyperparameters: Tensor) -> Tensor:
+        """Log density, up to a constant, of the gamma prior on one over the functions' variances; a scalar."""
+        shape, rate = self.relevance_prior
+        if not shape and not rate:
+            return log_hyperparameters.new_zeros(())
+        parts = [x for name, x in f.named(log_hyperparameters).items() if name.endswith("variance")]
+        variance = torch.stack(parts).sum(0)
+        return -(shape * variance.log() + rate / variance).sum()
+
+    def chunks(self, n: int) -> Iterator[slice]:
+        """Slices of n rows, each small enough for its largest temporary."""
         packed = [packed_size(r) for r in self.ranks]
         width = math.prod(packed) // min(packed) if self.form == "tucker" else packed[0]
         step = max(CHUNK // width, 1)
         return (slice(first, first + step) for first in range(0, max(n, 1), step))
-
-
-def _smoothed_means(f: LatentFunctions, count: Tensor, total: Tensor) -> Tensor:
-    """Mean value at each coordinate, smoothed by the prior's start, shape (T,)."""
-    hyper = f.initial_hyperparameters(1)
-    posterior, _ = f.posterior(hyper, Sites(count[:, None, None], total[:, None]))
-    return f.moments(hyper, posterior).mean[:, 0]
-
-
-def _no_sites(size: int, hyper: Tensor) -> Sites:
-    rank = hyper.shape[1]
-    return Sites(hyper.new_zeros(size, rank, rank), hyper.new_zeros(size, rank))

@@ -88,6 +88,23 @@ class Comm(ABC):
         """Give every rank the bytes of all ranks, in rank order; lengths may differ and may be 0."""
 
     @abstractmethod
+    def exchange(self, table: Tensor, to: Tensor) -> Tensor:
+        """Send each row to a rank of its own.
+
+        Parameters
+        ----------
+        table : Tensor, shape (n, c), float64
+            Rows of this rank; n may differ between the ranks, and be 0.
+        to : Tensor, shape (n,), int64
+            The rank that each row goes to.
+
+        Returns
+        -------
+        Tensor, shape (m, c)
+            The rows sent to this rank: those of rank 0 first, each rank's in their order.
+        """
+
+    @abstractmethod
     def barrier(self, timeout: float = 600.0) -> None:
         """Wait until every rank has come here.
 
@@ -137,6 +154,10 @@ class Serial(Comm):
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """Return ``[data]``."""
         return [data]
+
+    def exchange(self, table: Tensor, to: Tensor) -> Tensor:
+        """Return `table` itself."""
+        return table
 
     def barrier(self, timeout: float = 600.0) -> None:
         """Return at once."""
@@ -201,6 +222,30 @@ class Mpi(Comm):
             for part, end, count in zip(parts, ends, counts, strict=True):
                 part.append(received[end - count : end].tobytes())
         return [b"".join(part) for part in parts]
+
+    def exchange(self, table: Tensor, to: Tensor) -> Tensor:
+        """Send each row to a rank of its own, in rounds of bounded size."""
+        rows, ranks = table.detach().cpu().numpy(), to.detach().cpu().numpy()
+        queues = [rows[ranks == r] for r in range(self.size)]
+        share = max(1, _CHUNK_BYTES // (self.size * 8 * max(rows.shape[1], 1)))  # rows to each rank, per round
+        rounds = int(self._gather_int(max(-(-len(queue) // share) for queue in queues)).max())
+        parts: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(self.size)]
+        for start in range(0, rounds * share, share):
+            pieces = [queue[start : start + share] for queue in queues]
+            sent = np.array([piece.size for piece in pieces])
+            incoming = np.empty_like(sent)
+            self._comm.Alltoall(sent, incoming)
+            received = np.empty(incoming.sum())
+            ends = incoming.cumsum()
+            self._comm.Alltoallv(
+                [np.concatenate([piece.reshape(-1) for piece in pieces]), (sent, sent.cumsum() - sent)],
+                [received, (incoming, ends - incoming)],
+            )
+            for part, end, count in zip(parts, ends, incoming, strict=True):
+                part.append(received[end - count : end].reshape(-1, rows.shape[1]))
+        whole = [piece for part in parts for piece in part]
+        result = np.concatenate(whole) if whole else rows[:0]
+        return torch.from_numpy(result).to(table.device)
 
     def barrier(self, timeout: float = 600.0) -> None:
         """Wait until every rank has come here; raise TimeoutError naming the missing ranks otherwise."""

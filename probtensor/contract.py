@@ -187,13 +187,17 @@ class Tucker:
         return multilinear(self.second_core, seconds)
 
 
-def core_statistics(means: Sequence[Tensor], seconds: Sequence[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over rows that a Gaussian core needs: ``sum_n x_k M^k`` and ``sum_n y_n x_k m^k``.
+def core_statistics(
+    means: Sequence[Tensor], seconds: Sequence[Tensor], values: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums over rows that a Gaussian core needs: ``sum_n w_n x_k M^k`` and ``sum_n w_n y_n x_k m^k``.
 
     Parameters
     ----------
     means, seconds : sequence of Tensor, shapes (n, R_k) and (n, P_k)
     values : Tensor, shape (n,)
+    weight : Tensor, shape (n,), optional
+        Default: ones.
 
     Returns
     -------
@@ -207,7 +211,10 @@ def core_statistics(means: Sequence[Tensor], seconds: Sequence[Tensor], values: 
         left = outer_rows(first) if first else last.new_ones(last.shape[0], 1)
         return (left.T @ last).reshape([x.shape[1] for x in rows])
 
-    return total(seconds), total([*means[:-1], means[-1] * values[:, None]])
+    last = seconds[-1]
+    if weight is not None:
+        last, values = last * weight[:, None], values * weight
+    return total([*seconds[:-1], last]), total([*means[:-1], means[-1] * values[:, None]])
 
 
 def unpack_pairs(packed: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Observations:
             columns.append(_seen_positions(axis, table))
         positions = np.stack(columns, axis=1)
         if duplicates != "observations":
-            cells, first = _group_cells(positions)
+            cells, first = group_cells(positions)
             if duplicates == "error" and len(first) < len(table):
                 row = int(np.flatnonzero(first[cells] != np.arange(len(cells)))[0])
                 raise ValueError(
@@ -245,8 +245,8 @@ def _seen_positions(axis: Axis, table: pd.DataFrame) -> IntArray:
     return positions
 
 
-def _group_cells(positions: IntArray) -> tuple[IntArray, IntArray]:
-    """Return cell numbers (n,), in order of appearance, and the row where each cell came first.
+def group_cells(positions: IntArray) -> tuple[IntArray, IntArray]:
+    """Return the cell number (n,) of each row of positions (n, K), in order of appearance, and where each came first.
 
     Cells are renumbered after each mode, so that numbers stay below n times a mode's size and cannot overflow.
     """

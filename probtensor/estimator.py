@@ -11,13 +11,13 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from scipy import stats
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
@@ -25,9 +25,9 @@ from torch import Tensor
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
 from probtensor.comm import Comm, Serial
 from probtensor.data import Duplicates, Observations, as_table
-from probtensor.gaussian import standard_normal
-from probtensor.likelihoods import gaussian_log_prob
+from probtensor.intake import observe_together, row_numbers, seen_labels
 from probtensor.persistence import write_state
+from probtensor.predictive import Predictive
 from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
 
 __all__ = ["TensorRegressor", "UnknownLabelWarning"]
@@ -39,18 +39,41 @@ class UnknownLabelWarning(UserWarning):
     """A label was not among the training data: its latent functions have their prior, so the interval is wide."""
 
 
+class Where:
+    """Entries asked for.
+
+    Attributes
+    ----------
+    encoded : list of Tensor, shape (n,)
+        One a mode: coordinates of a continuous mode, positions (-1: unknown) of a categorical one.
+    """
+
+    def __init__(self, axes: Sequence[Axis], table: pd.DataFrame, device: torch.device) -> None:
+        self._axes, self._table = axes, table
+        self.encoded = [torch.as_tensor(np.array(axis.encode(table[axis.name])), device=device) for axis in axes]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Positions (n, K) among the training coordinates, int64; -1 where a coordinate is none of them."""
+        columns = [torch.from_numpy(np.array(axis.positions(self._table[axis.name]))) for axis in self._axes]
+        return torch.stack(columns, dim=1).to(self.encoded[0].device)
+
+
 class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
     """Regression over the entries of a tensor, with a predictive distribution.
 
-    Subclasses set their parameters in ``__init__`` and give `_fit`, `_latent`, `_latent_samples`, `_noise_variance`,
-    `to_state` and `_restore`.
+    Subclasses set their parameters in ``__init__`` and give `_fit`, `_predictive`, `_draw`, `_fitted_device`, `to_state`
+    and `_restore`; where values may not be standardised, `_location_scale` too.
 
     Attributes
     ----------
     axes_ : tuple of Axis
         Fitted axes, one a mode.
     y_mean_, y_scale_ : float
-        Mean and standard deviation of the training values.
+        Mean and standard deviation of the training values; 0 and 1 for counts and binary values.
     n_features_in_ : int
         Number of modes ``K``.
     feature_names_in_ : ndarray of str, shape (K,)
@@ -69,7 +92,9 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
     n_features_in_: int
     feature_names_in_: npt.NDArray[Any]
 
-    def fit(self, X: Any, y: Any, comm: Comm | None = None) -> Self:
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, *, noise_std: Any = None, comm: Comm | None = None
+    ) -> Self:
         """Fit the model to observed entries.
 
         Parameters
@@ -78,6 +103,11 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             Coordinates of the observed entries, one column a mode. Entries that are missing have no row.
         y : array_like, shape (n,)
             Their values. The results are float32 where y is, else float64.
+        sample_weight : array_like, shape (n,), optional
+            How often each row counts, above 0. Default: once.
+        noise_std : array_like, shape (n,), optional
+            Known standard deviation of each row's measurement error, in the unit of y. Default: one standard deviation
+            for all rows, learned.
         comm : Comm, optional
             The ranks that fit together, each with its own rows; see `probtensor.comm.world`. Default: this process
             alone.
@@ -92,17 +122,23 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             If X or y is malformed, empty or not finite, or a parameter does not fit the data.
         """
         comm = Serial() if comm is None else comm
-        if comm.size > 1 and self.duplicates != "observations":
+        merged = self.duplicates != "observations"
+        if comm.size > 1 and merged:
             raise ValueError(f'duplicates: expected "observations" on several ranks, got {self.duplicates!r}')
+        for name, given in (("sample_weight", sample_weight), ("noise_std", noise_std)):
+            if merged and given is not None:
+                raise ValueError(f'duplicates: expected "observations" with {name}, got {self.duplicates!r}')
         before = dict(self.__dict__)
         try:
-            if comm.size == 1:
-                observed = Observations.from_table(X, y, self.axes, self.duplicates)
-            else:
-                observed = _observe_together(X, y, self.axes, comm)
+            observed, weights = observe_together(
+                lambda axes: Observations.from_table(X, y, axes, self.duplicates),
+                lambda n: (row_numbers(sample_weight, "sample_weight", n), row_numbers(noise_std, "noise_std", n)),
+                self.axes,
+                comm,
+            )
             self.dtype_ = np.dtype(np.float32 if getattr(y, "dtype", None) in (np.float32, torch.float32) else float)
             with threads_for(observed.n_observed):
-                self._fit_observed(observed, comm)
+                self._fit_observed(observed, *weights, comm)
         except BaseException:
             # Neither bad input nor Ctrl-C leaves the new data's axes and units beside an old posterior.
             self.__dict__.clear()
@@ -110,18 +146,29 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise
         return self
 
-    def _fit_observed(self, observed: Observations, comm: Comm) -> None:
+    def _fit_observed(
+        self, observed: Observations, sample_weight: Tensor | None, noise_std: Tensor | None, comm: Comm
+    ) -> None:
         self.axes_ = observed.axes
-        self._seen = _seen_labels(observed, comm)
+        self._seen = seen_labels(observed, comm)
         self.n_features_in_ = observed.order
         self.feature_names_in_ = np.array([axis.name for axis in self.axes_], dtype=object)
         device = resolve_device(self.device)
         values = observed.values.to(device)
-        count, total = comm.sum(torch.stack([values.new_tensor(float(len(values))), values.sum()])).tolist()
-        self.y_mean_ = total / count
-        scale = math.sqrt(float(comm.sum(((values - self.y_mean_) ** 2).sum()[None])) / count)
-        self.y_scale_ = scale if scale > 1e-12 * abs(self.y_mean_) else 1.0
-        self._fit(observed.positions.to(device), (values - self.y_mean_) / self.y_scale_, comm)
+        self.y_mean_, self.y_scale_ = 0.0, 1.0
+        if self._location_scale():
+            weight = torch.ones_like(values) if sample_weight is None else sample_weight.to(device)
+            count, total = comm.sum(torch.stack([weight.sum(), (weight * values).sum()])).tolist()
+            self.y_mean_ = total / count
+            scale = math.sqrt(float(comm.sum((weight * (values - self.y_mean_) ** 2).sum()[None])) / count)
+            self.y_scale_ = scale if scale > 1e-12 * abs(self.y_mean_) else 1.0
+        self._fit(
+            observed.positions.to(device),
+            (values - self.y_mean_) / self.y_scale_,
+            comm,
+            None if sample_weight is None else sample_weight.to(device),
+            None if noise_std is None else (self.y_scale_ / noise_std.to(device)) ** 2,
+        )
 
     def predict(self, X: Any, return_std: bool = False) -> FloatArray | tuple[FloatArray, FloatArray]:
         """Predictive mean of y, and its standard deviation.
@@ -150,8 +197,23 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         UnknownLabelWarning
             If a label was not seen in training; see `unknown`.
         """
-        mean, std = self._moments(X)
-        return (mean.astype(self.dtype_), std.astype(self.dtype_)) if return_std else mean.astype(self.dtype_)
+        predictive = self._distribution(X)
+        mean = predictive.mean.astype(self.dtype_)
+        return (mean, predictive.std.astype(self.dtype_)) if return_std else mean
+
+    def predictive(self, X: Any) -> Predictive:
+        """The predictive distribution of y: quantiles, densities, scores and more.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+
+        Returns
+        -------
+        Predictive
+            One distribution a row, in the unit of y, float64.
+        """
+        return self._distribution(X)
 
     def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[FloatArray, FloatArray]:
         """Central predictive intervals of y.
@@ -168,9 +230,26 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """
         if not (is_number(coverage) and 0 < coverage < 1):
             raise ValueError(f"coverage: expected a probability between 0 and 1, got {coverage!r}")
-        mean, std = self._moments(X)
-        half = stats.norm.ppf(0.5 + coverage / 2) * std
-        return (mean - half).astype(self.dtype_), (mean + half).astype(self.dtype_)
+        lower, upper = self._distribution(X).interval(coverage)
+        return lower.astype(self.dtype_), upper.astype(self.dtype_)
+
+    def predict_quantiles(self, X: Any, quantiles: Sequence[float]) -> FloatArray:
+        """Predictive quantiles of y.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+        quantiles : sequence of float
+            Probabilities between 0 and 1.
+
+        Returns
+        -------
+        ndarray, shape (n, len(quantiles))
+        """
+        probabilities = np.asarray(quantiles, dtype=float)
+        if probabilities.ndim != 1 or not np.all((probabilities > 0) & (probabilities < 1)):
+            raise ValueError(f"quantiles: expected probabilities between 0 and 1, got {quantiles!r}")
+        return np.asarray(self._distribution(X).quantile(probabilities)).astype(self.dtype_)
 
     def log_prob(self, X: Any, y: Any) -> FloatArray:
         """Log predictive density of each value, in the unit of y; a NaN in y is a missing value and gives 0.
@@ -184,12 +263,11 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         -------
         ndarray, shape (n,)
         """
-        mean, std = self._moments(X)
-        values = np.array(y, dtype=float)  # a copy: torch warns of read-only arrays, and every pandas column is one
-        if values.shape != mean.shape:
-            raise ValueError(f"y: expected shape {mean.shape} to match X, got {values.shape}")
-        density = gaussian_log_prob(*(torch.from_numpy(x) for x in (values, mean, std**2)))
-        return density.numpy().astype(self.dtype_)
+        predictive = self._distribution(X)
+        values = np.array(y, dtype=float)  # a copy: y may be a column that pandas shares
+        if values.shape != predictive.mean.shape:
+            raise ValueError(f"y: expected shape {predictive.mean.shape} to match X, got {values.shape}")
+        return predictive.log_prob(values).astype(self.dtype_)
 
     def sample_y(self, X: Any, n_samples: int = 1, random_state: RandomState = 0) -> FloatArray:
         """Joint draws from the predictive distribution of y.
@@ -207,13 +285,11 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """
         if not (is_integer(n_samples) and n_samples >= 1):
             raise ValueError(f"n_samples: expected an integer of at least 1, got {n_samples!r}")
-        encoded = self._encode(X, stacklevel=3)
+        where = self._locate(X, stacklevel=3)
         generator = make_generator(random_state)
-        with threads_for(len(encoded[0])):
-            drawn = self._latent_samples(encoded, n_samples, generator)
-        normal = standard_normal(drawn.shape, drawn, generator)
-        drawn = drawn + normal * math.sqrt(self._noise_variance())
-        return self._to_user(drawn).T.astype(self.dtype_)
+        with torch.no_grad(), threads_for(len(where)):
+            drawn = self._draw(where, n_samples, generator)
+        return (drawn * self.y_scale_ + self.y_mean_).cpu().numpy().T.astype(self.dtype_)
 
     def unknown(self, X: Any) -> pd.DataFrame:
         """Which labels were not seen in training: bool, one column a mode; continuous modes have none.
@@ -276,24 +352,30 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """Set the fitted attributes from what `to_state` gave."""
 
     @abstractmethod
-    def _fit(self, positions: Tensor, values: Tensor, comm: Comm) -> None:
-        """Fit to positions (n, K) in the axes and standardised values (n,)."""
+    def _fit(
+        self, positions: Tensor, values: Tensor, comm: Comm, count: Tensor | None, precision: Tensor | None
+    ) -> None:
+        """Fit to positions (n, K) in the axes and standardised values (n,).
+
+        `count` (n,) says how often each row counts, `precision` (n,) one over the known variance of its standardised
+        value; None where nothing is known.
+        """
 
     @abstractmethod
-    def _latent(self, encoded: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and variance (n,) of the standardised noise-free entries at encoded coordinates, (n,) a mode."""
+    def _predictive(self, where: Where) -> Predictive:
+        """Predictive distributions of the standardised values."""
 
     @abstractmethod
-    def _latent_samples(self, encoded: list[Tensor], n_samples: int, generator: torch.Generator) -> Tensor:
-        """Joint draws (n_samples, n) of the standardised noise-free entries."""
+    def _draw(self, where: Where, n_samples: int, generator: torch.Generator) -> Tensor:
+        """Joint draws (n_samples, n) of the standardised values, noise included."""
 
     @abstractmethod
     def _fitted_device(self) -> torch.device:
         """Where the posterior is."""
 
-    @abstractmethod
-    def _noise_variance(self) -> float:
-        """Variance of the noise of standardised values."""
+    def _location_scale(self) -> bool:
+        """Whether values may be standardised."""
+        return True
 
     def _params_state(self) -> dict[str, Any]:
         """Constructor parameters as JSON values."""
@@ -319,13 +401,12 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f"X: expected the columns {names}, got {list(table.columns)}")
         return table[names]
 
-    def _encode(self, X: Any, stacklevel: int = 4) -> list[Tensor]:
+    def _locate(self, X: Any, stacklevel: int) -> Where:
         table = self._columns(X)
-        encoded = [axis.encode(table[axis.name]) for axis in self.axes_]
-        for axis, codes in zip(self.axes_, encoded, strict=True):
-            self._warn_of_unknown(axis, codes, table[axis.name], stacklevel + 1)
-        device = self._fitted_device()
-        return [torch.as_tensor(np.array(codes), device=device) for codes in encoded]
+        where = Where(self.axes_, table, self._fitted_device())
+        for axis, codes in zip(self.axes_, where.encoded, strict=True):
+            self._warn_of_unknown(axis, codes.cpu().numpy(), table[axis.name], stacklevel + 1)
+        return where
 
     def _unknown(self, axis: Axis, codes: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """Which encoded labels have no training row; False on a continuous axis."""
@@ -347,43 +428,15 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 stacklevel=stacklevel,
             )
 
-    def _moments(self, X: Any) -> tuple[FloatArray, FloatArray]:
-        encoded = self._encode(X)
-        with torch.no_grad(), threads_for(len(encoded[0])):
-            mean, variance = self._latent(encoded)
-        std = (variance + self._noise_variance()).sqrt() * self.y_scale_
-        return self._to_user(mean), std.cpu().numpy()
-
-    def _to_user(self, standardised: Tensor) -> FloatArray:
-        return (standardised * self.y_scale_ + self.y_mean_).cpu().numpy()
+    def _distribution(self, X: Any) -> Predictive:
+        where = self._locate(X, stacklevel=4)
+        with torch.no_grad(), threads_for(len(where)):
+            predictive = self._predictive(where)
+        if self._location_scale():
+            predictive = predictive.affine(self.y_scale_, self.y_mean_)
+        return predictive
 
 
 def _json_value(value: object) -> object:
     """NumPy's numbers, such as a grid search sets, and torch's devices as JSON values."""
     return value.item() if isinstance(value, np.generic) else str(value)
-
-
-def _seen_labels(observed: Observations, comm: Comm) -> dict[str, npt.NDArray[np.bool_]]:
-    """Which labels of each categorical mode have a row on some rank: a category may have none."""
-    seen = {}
-    for axis, position in zip(observed.axes, observed.positions.T, strict=True):
-        if isinstance(axis, CategoricalAxis):
-            seen[str(axis.name)] = comm.sum(torch.bincount(position, minlength=axis.size)).numpy() > 0
-    return seen
-
-
-def _observe_together(X: Any, y: Any, axes: Sequence[Axis] | None, comm: Comm) -> Observations:
-    """Rows of this rank in axes that hold what any rank has seen; what is wrong on one rank is refused on all."""
-    try:
-        own, fault = Observations.from_table(X, y, axes), ""
-    except ValueError as error:
-        fault = str(error)
-    faults = [data.decode() for data in comm.gather_bytes(fault.encode())]
-    if any(faults):
-        raise ValueError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(faults) if text))
-    states = comm.gather_bytes(json.dumps([axis.to_state() for axis in own.axes]).encode())
-    ranks = [[axis_from_state(state) for state in json.loads(data)] for data in states]
-    agreed = list(ranks[0])
-    for other in ranks[1:]:
-        agreed = [a.union(b) for a, b in zip(agreed, other, strict=True)]
-    return Observations.from_table(X, y, agreed)

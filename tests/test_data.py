@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.data import (
     Observations,
-    _group_cells,
+    group_cells,
     _merge,
     as_table,
     infer_axis,
@@ -277,7 +277,7 @@ def test_cells_of_ten_modes_of_a_million_do_not_overflow():
     positions = rng.integers(0, 10**6, size=(2001, 10))
     positions[-1] = 10**6 - 1
     twice = np.concatenate([positions, positions[::-1]])
-    cells, first = _group_cells(twice)
+    cells, first = group_cells(twice)
     assert cells[:2001].tolist() == list(range(2001))
     assert cells[2001:].tolist() == list(range(2001))[::-1]
     assert first.tolist() == list(range(2001))

@@ -41,8 +41,11 @@ class Toy:
     def update(self, state: ToyState, block: str, statistics: Tensor) -> ToyState:
         return state._replace(trace=(*state.trace, f"{block} {float(statistics)}"))
 
-    def end_sweep(self, state: ToyState) -> ToyState:
-        return state._replace(sweeps=state.sweeps + 1, trace=(*state.trace, "end"))
+    def begin(self, state: ToyState, rows: Tensor) -> Tensor:
+        return rows
+
+    def end_sweep(self, state: ToyState, rows: Tensor, total) -> tuple[ToyState, Tensor]:
+        return state._replace(sweeps=state.sweeps + 1, trace=(*state.trace, "end")), rows
 
     def bound(self, state: ToyState) -> Tensor:
         self.states.append(state)
@@ -65,7 +68,7 @@ class Counting(Comm):
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         raise AssertionError("the loop sums, and does nothing else")
 
-    gather_bytes = barrier = abort = broadcast
+    gather_bytes = exchange = barrier = abort = broadcast
 
 
 def start(model: Toy, *, rows=(1.0, 2.0), comm: Comm | None = None, **options):
