@@ -13,33 +13,33 @@ from torch import Tensor
 
 from probtensor.axes import Axis
 from probtensor.comm import Comm, Serial
-from probtensor.data import Duplicates, group_cells
+from probtensor.data import Duplicates
 from probtensor.estimator import TensorRegressor, Where
-from probtensor.gaussian import Gamma
 from probtensor.intake import observe_more, row_numbers, seen_after
 from probtensor.likelihoods import Likelihood, StudentT
-from probtensor.models.funbat_parameters import check_parameters, resolve_likelihood, resolve_ranks
+from probtensor.models.funbat_parameters import build_model, check_parameters, resolve_likelihood, resolve_ranks
 from probtensor.models.funbat_state import (
     likelihood_from_state,
     likelihood_to_state,
     read_posterior,
     write_posterior,
 )
-from probtensor.models.functional_fit import Fitted, Table, fit, renewed, spread_cells
+from probtensor.models.functional_fit import Fitted, fit, renewed
 from probtensor.models.functional_state import State
 from probtensor.models.functional_stream import absorb, extend
+from probtensor.models.functional_table import Table, has_repeated_cells, number_rows, shared_generator, spread_cells
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import latent_functions
-from probtensor.models.observation import Observation
+from probtensor.models.observation import Observation, draw_values
 from probtensor.models.relevance import main_effect
 from probtensor.predictive import Predictive
-from probtensor.resources import RandomState, make_generator, resolve_device, threads_for
+from probtensor.resources import RandomState, resolve_device, threads_for
 
 __all__ = ["FunBaT"]
 
 FloatArray = npt.NDArray[np.floating[Any]]
 PRUNE = 1e-3  # components that contribute less, in standard deviations of y, are dropped
-RELEVANT = 1e-2  # components that contribute more count for the effective rank
+RELEVANT = 2e-2  # components that contribute more count for the effective rank
 
 
 class FunBaT(TensorRegressor):
@@ -60,8 +60,7 @@ class FunBaT(TensorRegressor):
         CP pairs the functions of the modes one to one; Tucker couples every function of a mode with every one of the
         others through a core.
     axes : sequence of Axis, optional
-        What the modes mean, and the kernels over them. Default: by column, floats and dates continuous, all else
-        categorical.
+        What the modes mean. Default: by column, floats and dates continuous, all else categorical.
     likelihood : str or Likelihood, default "student-t"
         How values scatter: "student-t", "gaussian", "poisson", "negative-binomial" or "bernoulli". Student-t has 4
         degrees of freedom; `probtensor.likelihoods.StudentT()` learns them. Counts have a log link, binary values a
@@ -86,7 +85,7 @@ class FunBaT(TensorRegressor):
         Share of the old message kept, in [0, 1). The bound is monotone without damping.
     learn_hyperparameters : bool, default True
         Whether lengthscales and variances are learned.
-    relevance_prior : tuple of float, default (1.0, 0.01)
+    relevance_prior : tuple of float, default (1.0, 0.001)
         Shape and rate of the gamma prior on one over each function's variance, for values standardised to one.
     noise_prior : tuple of float, default (1.0, 1.0)
         Shape and rate of the gamma prior on the noise precision of values standardised to variance one; only with
@@ -110,19 +109,17 @@ class FunBaT(TensorRegressor):
         light ones, with the rows that were held out, without the components that were dropped.
     n_iter_, converged_, stop_reason_ : int, bool, str
     noise_std_, nugget_std_ : float
-        Standard deviation of the noise of a row, and of the residual of a cell, in the unit of y (for a Student-t
-        likelihood its scale).
+        Standard deviation (Student-t: scale) of the noise of a row, and of the residual of a cell, in the unit of y.
     rank_ : tuple of int
         Latent functions of each mode, after pruning.
     relevance_ : ndarray, shape (R,)
         CP: root mean square of each component over the observed entries, in the unit of y, strongest first.
     effective_rank_ : int
-        CP: components of which `relevance_` is more than a hundredth of the standard deviation of y.
+        CP: components of which `relevance_` is more than 2 % of the standard deviation of y.
     core_ : ndarray, shape rank_ (plus one a mode with main effects), or None
         Mean of the Tucker core, in standardised units; column 0 of a mode is the constant.
     hyperparameters_ : dict
-        For each mode's name, a dict of arrays: "variance" and, for continuous modes, "lengthscale" in the unit of the
-        axis.
+        For each mode's name, a dict of arrays: "variance" and, by kernel, "lengthscale" in the unit of the axis.
     axes_, y_mean_, y_scale_, n_features_in_, feature_names_in_
         See `TensorRegressor`.
 
@@ -162,7 +159,7 @@ class FunBaT(TensorRegressor):
         n_init: int = 3,
         damping: float = 0.0,
         learn_hyperparameters: bool = True,
-        relevance_prior: tuple[float, float] = (1.0, 0.01),
+        relevance_prior: tuple[float, float] = (1.0, 0.001),
         noise_prior: tuple[float, float] = (1.0, 1.0),
         duplicates: Duplicates = "observations",
         device: str = "auto",
@@ -193,8 +190,8 @@ class FunBaT(TensorRegressor):
 
         The cost depends on the new rows, and on the number of distinct coordinates. Rows may bring new coordinates and
         labels, and more values of cells that were seen. Units, ranks and intervals' calibration stay as they were;
-        lengthscales and variances go on learning. Equal to a fit on all rows where the model is linear and Gaussian
-        (one mode, known noise, hyperparameters fixed); else an approximation that does not revisit old rows.
+        lengthscales and variances go on learning. Where the model is linear and Gaussian (one mode, known noise,
+        hyperparameters fixed) this equals a fit on all rows.
 
         Parameters
         ----------
@@ -309,7 +306,7 @@ class FunBaT(TensorRegressor):
     @property
     def effective_rank_(self) -> int:
         """Components that matter, main effects not counted."""
-        check_is_fitted(self, "relevance_")
+        check_is_fitted(self, "axes_")
         return int((self.relevance_ > RELEVANT * self.y_scale_).sum())
 
     @property
@@ -333,24 +330,22 @@ class FunBaT(TensorRegressor):
     ) -> None:
         check_parameters(self.get_params(deep=False))
         self.rank_ = resolve_ranks(self.rank, self.form, self.axes_, bool(self.main_effects))
-        table = Table(positions, values, count, precision, _row_numbers(values, comm))
+        table = Table(positions, values, count, precision, number_rows(values, comm))
         likelihood = resolve_likelihood(self.likelihood, bool(self.nugget), known_noise=precision is not None)
         if likelihood is not None:
             likelihood.check(values)
         if isinstance(likelihood, StudentT) and likelihood.nugget:
             table = spread_cells(table, comm)
-            repeated = len(group_cells(table.positions.cpu().numpy())[1]) < len(table.values)
-            if not comm.sum(values.new_tensor([float(repeated)])).item() and precision is None:
-                likelihood = replace(likelihood, nugget=False)
-        offset = 0.0
-        if likelihood is not None and not likelihood.location_scale:
-            sums = comm.sum(torch.stack([values.new_tensor(float(len(values))), values.sum()]))
-            offset = likelihood.offset(float(sums[1] / sums[0]))
+            # Without repetition, residual of the cell and noise of the row are one.
+            likelihood = replace(likelihood, nugget=precision is not None or has_repeated_cells(table, comm))
+        sums = comm.sum(torch.stack([values.new_tensor(float(len(values))), values.sum()]))
+        offset = 0.0 if likelihood is None else likelihood.offset(float(sums[1] / sums[0]))
+        model = self._build(values, self.form, bool(self.main_effects) and len(self.axes_) > 1)
         fitted = fit(
-            self._build(values, self.form, bool(self.main_effects) and len(self.axes_) > 1, likelihood, offset),
+            replace(model, likelihood=likelihood, offset=offset),
             table,
             comm,
-            generator=make_generator(self._shared_seed(comm)),
+            generator=shared_generator(self.random_state, comm),
             held_out=None if self.calibration == "auto" else float(self.calibration),
             prune_below=PRUNE if self.learn_hyperparameters else 0.0,
             max_iter=self.max_iter,
@@ -367,49 +362,15 @@ class FunBaT(TensorRegressor):
         self.converged_, self.stop_reason_ = fitted.converged, fitted.stop_reason
         self.relevance_ = np.sort(fitted.relevance.cpu().numpy())[::-1] * self.y_scale_
         if self.form == "cp":
-            effects = len(self.axes_) if self._has_main_effects() else 0
+            effects = 0 if all(bool(free.all()) for free in self._model.free) else len(self.axes_)
             self.rank_ = (self._model.ranks[0] - effects,) * len(self.axes_)
 
-    def _build(
-        self,
-        like: Tensor,
-        form: Literal["tucker", "cp"],
-        main_effects: bool,
-        likelihood: Likelihood | None,
-        offset: float,
-    ) -> FunctionalTucker:
-        a0, b0 = (like.new_tensor(float(x)) for x in self.noise_prior)
-        K, extra = len(self.axes_), int(main_effects)
-        if form == "tucker":
-            columns = [[False] * extra + [True] * rank for rank in self.rank_]
-        else:
-            columns = [[True] * self.rank_[0] + [j == k for j in range(K)] * extra for k in range(K)]
-        return FunctionalTucker(
-            functions=tuple(latent_functions(axis, like) for axis in self.axes_),
-            free=tuple(torch.tensor(c, device=like.device) for c in columns),
-            form=form,
-            noise_prior=Gamma(a0, b0),
-            damping=self.damping,
-            learn=bool(self.learn_hyperparameters),
-            log_scale=math.log(self.y_scale_),
-            likelihood=likelihood,
-            offset=offset,
-            relevance_prior=tuple(float(x) for x in self.relevance_prior),  # type: ignore[arg-type]
-        )
-
-    def _has_main_effects(self) -> bool:
-        return not all(bool(free.all()) for free in self._model.free)
+    def _build(self, like: Tensor, form: Literal["cp", "tucker"], main_effects: bool) -> FunctionalTucker:
+        return build_model(self.get_params(deep=False), self.axes_, self.rank_, form, main_effects, like, self.y_scale_)
 
     def _location_scale(self) -> bool:
         likelihood = resolve_likelihood(self.likelihood, bool(self.nugget), known_noise=False)
         return likelihood is None or likelihood.location_scale
-
-    def _shared_seed(self, comm: Comm) -> RandomState:
-        """The seed of rank 0: sums over ranks mean something only when all have one start."""
-        if comm.size == 1:
-            return self.random_state
-        seed = make_generator(self.random_state).initial_seed()
-        return int(comm.broadcast(torch.tensor([seed]))[0])
 
     def _where(self, name: str, at: Any) -> tuple[int, Tensor]:
         check_is_fitted(self, "axes_")
@@ -439,18 +400,13 @@ class FunBaT(TensorRegressor):
             mean, _ = self._model.predict(self._state, where.encoded)
             return self._observation.draw(f, mean, self._positions(where), where.encoded, generator)
         assert self._model.likelihood is not None
-        known = self._model.likelihood.predictive(
-            self._state.log_parameters, f.reshape(-1) + self._model.offset, torch.zeros_like(f).reshape(-1)
-        )
-        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        return torch.from_numpy(known.sample(1, rng).astype(float)).reshape(f.shape)
+        return draw_values(self._model.likelihood, self._state.log_parameters, f + self._model.offset, generator)
 
     def _positions(self, where: Where) -> Tensor | None:
         return None if self._observation is None or self._observation.seen is None else where.positions
 
     def _fitted_device(self) -> torch.device:
-        device: torch.device = self._state.squared_error.device
-        return device
+        return self._state.square.device
 
     def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Arrays and JSON values that `from_state` makes the fitted model of."""
@@ -470,10 +426,9 @@ class FunBaT(TensorRegressor):
         }
 
     def _params_state(self) -> dict[str, Any]:
-        params = self.get_params(deep=False)
-        given = params["likelihood"]
-        state = super()._params_state()
-        return state | {"likelihood": likelihood_to_state(given) if isinstance(given, Likelihood) else given}
+        given = self.likelihood
+        state = likelihood_to_state(given) if isinstance(given, Likelihood) else given
+        return super()._params_state() | {"likelihood": state}
 
     @classmethod
     def from_state(cls, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Self:
@@ -487,17 +442,9 @@ class FunBaT(TensorRegressor):
         device = resolve_device(self.device)
         arrays = {name: array.to(device) for name, array in arrays.items()}
         self.rank_ = tuple(meta["rank"])
-        model = self._build(arrays["noise"], meta["form"], False, None, 0.0)
+        model = self._build(arrays["noise"], meta["form"], False)
         self._model, self._state, self._observation = read_posterior(model, arrays, meta)
         self.bound_history_ = arrays["bound_history"].tolist()
         self.relevance_ = arrays["relevance"].cpu().numpy()
         self.phase_starts_, self.n_iter_ = tuple(meta["phase_starts"]), meta["n_iter"]
         self.converged_, self.stop_reason_ = meta["converged"], meta["stop_reason"]
-
-
-def _row_numbers(values: Tensor, comm: Comm) -> Tensor:
-    """Number of each row of this rank among those of all ranks, in rank order."""
-    sizes = torch.zeros(comm.size, dtype=torch.int64)
-    sizes[comm.rank] = len(values)
-    first = int(comm.sum(sizes)[: comm.rank].sum())
-    return torch.arange(first, first + len(values), device=values.device)

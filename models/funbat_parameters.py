@@ -3,13 +3,19 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from probtensor.axes import Axis
+from probtensor.gaussian import Gamma
 from probtensor.likelihoods import Bernoulli, Likelihood, NegativeBinomial, Poisson, StudentT
+from probtensor.models.functional_tucker import FunctionalTucker
+from probtensor.models.latent_functions import latent_functions
 from probtensor.resources import is_integer, is_number
 
-__all__ = ["check_parameters", "resolve_likelihood", "resolve_ranks"]
+__all__ = ["build_model", "check_parameters", "resolve_likelihood", "resolve_ranks"]
 
 MAX_CORE = 8_000  # entries of a Tucker core with its constant columns
 LIKELIHOODS: dict[str, Callable[[bool], Likelihood]] = {
@@ -62,6 +68,52 @@ def resolve_ranks(rank: int | Sequence[int], form: str, axes: Sequence[Axis], ma
             f'{entries:,} entries; lower the ranks, or use form="cp"'
         )
     return tuple(int(r) for r in ranks)
+
+
+def build_model(
+    params: Mapping[str, Any],
+    axes: Sequence[Axis],
+    ranks: Sequence[int],
+    form: Literal["cp", "tucker"],
+    main_effects: bool,
+    like: Tensor,
+    scale: float,
+) -> FunctionalTucker:
+    """The model that FunBaT's parameters describe, its likelihood left out.
+
+    Parameters
+    ----------
+    params : mapping
+        Of FunBaT.
+    axes : sequence of Axis
+        Fitted.
+    ranks : sequence of int
+        Latent functions of each mode.
+    form : {"cp", "tucker"}
+    main_effects : bool
+        Whether columns for the modes' own effects are added.
+    like : Tensor
+        Gives dtype and device.
+    scale : float
+        Unit of the standardised values.
+    """
+    a0, b0 = (like.new_tensor(float(x)) for x in params["noise_prior"])
+    shape, rate = (float(x) for x in params["relevance_prior"])
+    K, extra = len(axes), int(main_effects)
+    if form == "tucker":
+        columns = [[False] * extra + [True] * rank for rank in ranks]
+    else:
+        columns = [[True] * ranks[0] + [j == k for j in range(K)] * extra for k in range(K)]
+    return FunctionalTucker(
+        functions=tuple(latent_functions(axis, like) for axis in axes),
+        free=tuple(torch.tensor(c, device=like.device) for c in columns),
+        form=form,
+        noise_prior=Gamma(a0, b0),
+        damping=params["damping"],
+        learn=bool(params["learn_hyperparameters"]),
+        log_scale=math.log(scale),
+        relevance_prior=(shape, rate),
+    )
 
 
 def check_parameters(given: Mapping[str, Any]) -> None:

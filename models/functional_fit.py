@@ -12,46 +12,18 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture
-from probtensor.cells import merge_rows, single_rows
 from probtensor.comm import Comm
 from probtensor.inference.message_passing import Result, run
 from probtensor.likelihoods import Entries, StudentT
 from probtensor.models.functional_state import Rows, State
+from probtensor.models.functional_table import Table, table_rows, uniform
 from probtensor.models.functional_tucker import LIGHT_TAILS, WARM_UP, FunctionalTucker
 from probtensor.models.observation import Observation, SeenCells
 from probtensor.models.relevance import contributions, prune
 
-__all__ = ["Fitted", "Table", "everywhere", "fit", "look_at_cells", "renewed", "spread_cells", "table_rows"]
+__all__ = ["Fitted", "everywhere", "fit", "look_at_cells", "renewed"]
 
 MAX_HELD_OUT = 20_000  # rows to calibrate on; more say nothing new
-
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """Rows of one rank.
-
-    Attributes
-    ----------
-    positions : Tensor, shape (n, K), int64
-    values : Tensor, shape (n,)
-        Standardised.
-    count, precision : Tensor, shape (n,), or None
-        How often each row counts; one over the known variance of its value.
-    number : Tensor, shape (n,), int64
-        The row's number among those of all ranks.
-    """
-
-    positions: Tensor
-    values: Tensor
-    count: Tensor | None
-    precision: Tensor | None
-    number: Tensor
-
-    def take(self, rows: Tensor) -> "Table":
-        """Some of the rows, by a mask or by indexes."""
-        count = None if self.count is None else self.count[rows]
-        precision = None if self.precision is None else self.precision[rows]
-        return Table(self.positions[rows], self.values[rows], count, precision, self.number[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +111,8 @@ def fit(
         observation = _observation(smaller, state, rows, cells, table, comm)
         calibration = _calibrate(smaller, state, observation, table.take(held), comm)
         rows, cells = table_rows(smaller, table)
+        n_rows, square = comm.sum(smaller.local_start(rows)[:2])
+        state = state._replace(n_rows=n_rows, square=square)
     if calibrating or smaller is not model:
         model = smaller
         phases.append(result.n_iter)
@@ -151,55 +125,6 @@ def fit(
         found = replace(found, seen=everywhere(found.seen, comm), calibration=calibration)
     relevance = contributions(model, state, rows, comm)
     return Fitted(model, state, found, history, tuple(phases), relevance, result.converged, result.stop_reason)
-
-
-def spread_cells(table: Table, comm: Comm) -> Table:
-    """The rows dealt anew among the ranks, so that all rows of a cell are on one."""
-    if comm.size == 1:
-        return table
-    n = table.values.shape[0]
-    to = torch.zeros(n, dtype=torch.int64)
-    for position in table.positions.cpu().T:
-        to = _mix(to * 1_000_003 + position)
-    count = torch.ones_like(table.values) if table.count is None else table.count
-    precision = torch.ones_like(table.values) if table.precision is None else table.precision
-    columns = [*table.positions.T.to(count), table.values, count, precision, table.number.to(count)]
-    moved = comm.exchange(torch.stack(columns, dim=1), to % comm.size)
-    order = torch.argsort(moved[:, -1])  # the sums over rows then do not depend on who held them before
-    moved = moved[order]
-    K = table.positions.shape[1]
-    return Table(
-        moved[:, :K].long(),
-        moved[:, K],
-        None if table.count is None else moved[:, K + 1],
-        None if table.precision is None else moved[:, K + 2],
-        moved[:, K + 3].long(),
-    )
-
-
-def uniform(number: Tensor, seed: int) -> Tensor:
-    """A uniform number in [0, 1) for each row number (n,): the same whichever rank holds the row."""
-    return (_mix(number.cpu() + seed).double() / 2.0**63).to(number.device)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 numbers into [0, 2^63): splitmix64 (Steele, Lea, Flood 2014)."""
-    z = x.numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
-
-
-def table_rows(model: FunctionalTucker, table: Table) -> tuple[Rows, Tensor]:
-    """The rows as the model takes them, and the positions (C, K) of their entries."""
-    likelihood, count, precision = model.likelihood, table.count, table.precision
-    if likelihood is None:
-        return Rows(table.positions.T.contiguous(), table.values, count), table.positions
-    if isinstance(likelihood, StudentT) and likelihood.nugget:
-        cells = merge_rows(table.positions, table.values, count, precision)
-        return Rows(cells.positions.T.contiguous(), cells.entries.value, None, cells.entries), cells.positions
-    entries = single_rows(table.values, count, precision)
-    return Rows(table.positions.T.contiguous(), table.values, None, entries), table.positions
 
 
 def _observation(

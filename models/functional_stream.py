@@ -21,8 +21,9 @@ from probtensor.comm import Comm
 from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
 from probtensor.likelihoods import Entries, StudentT
-from probtensor.models.functional_fit import Table, everywhere, look_at_cells, table_rows
+from probtensor.models.functional_fit import everywhere, look_at_cells
 from probtensor.models.functional_state import Past, Rows, State
+from probtensor.models.functional_table import Table, table_rows
 from probtensor.models.functional_tucker import LEARN_STEPS, FunctionalTucker
 from probtensor.models.latent_functions import LatentFunctions
 from probtensor.models.observation import SeenCells

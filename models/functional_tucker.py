@@ -49,7 +49,7 @@ from probtensor.inference.maximize import maximize
 from probtensor.likelihoods import Likelihood, StudentT
 from probtensor.models.functional_start import local_start, no_sites, start_columns
 from probtensor.models.functional_state import Block, Factor, Rows, State
-from probtensor.models.latent_functions import LatentFunctions, Moments
+from probtensor.models.latent_functions import GaussianProcess, LatentFunctions, Moments
 
 __all__ = ["FunctionalTucker"]
 
@@ -317,9 +317,10 @@ class FunctionalTucker:
     def functions_at(self, state: State, mode: int, where: Tensor) -> Moments:
         """Moments of a mode's latent functions at coordinates (n,)."""
         factor = state.factors[mode]
-        step = max(CHUNK // (3 * factor.log_hyperparameters.shape[1]) ** 2, 1)  # a state has up to 3 entries a function
+        f, rank = self.functions[mode], factor.log_hyperparameters.shape[1]
+        step = max(CHUNK // (f.state_size(rank) if isinstance(f, GaussianProcess) else rank) ** 2, 1)
         parts = [
-            self.functions[mode].at(factor.log_hyperparameters, factor.sites, factor.posterior, where[a : a + step])
+            f.at(factor.log_hyperparameters, factor.sites, factor.posterior, where[a : a + step])
             for a in range(0, max(len(where), 1), step)
         ]
         return Moments(*(torch.cat(x) for x in zip(*parts, strict=True)))

@@ -17,7 +17,9 @@ from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.gaussian import square_root, standard_normal
 from probtensor.inference import kalman
 from probtensor.inference.kalman import Chain, Posterior, Sites
-from probtensor.models.state_space import Transition, state_dim, stationary_covariance, transition
+from probtensor.kernels import Kernel
+from probtensor.models.kernel_states import Extent, kernel_state
+from probtensor.models.state_space import Transition, block_diagonal
 
 __all__ = ["GaussianProcess", "IndependentRows", "LatentFunctions", "Moments", "latent_functions"]
 
@@ -77,20 +79,25 @@ class LatentFunctions(ABC):
 
 
 class GaussianProcess(LatentFunctions):
-    """Matérn processes over a continuous axis; hyperparameters are log lengthscale and log variance of each component.
+    """Gaussian processes over a continuous axis, by the state-space form of their kernel.
+
+    Hyperparameters are the logarithms of those that the kernel names, for each component.
 
     Parameters
     ----------
     coordinates : Tensor, shape (T,)
         Sorted, distinct, in the axis's unit.
-    nu : {0.5, 1.5, 2.5}
-        Smoothness.
+    kernel : Kernel
+        What is believed of the functions.
     """
 
-    def __init__(self, coordinates: Tensor, nu: float) -> None:
+    def __init__(self, coordinates: Tensor, kernel: Kernel) -> None:
         self.coordinates = coordinates
-        self.nu = nu
-        self.range = float(coordinates[-1] - coordinates[0]) or 1.0
+        self.kernel = kernel
+        first, last = float(coordinates[0]), float(coordinates[-1])
+        self._form = kernel_state(kernel, Extent(first + (last - first) / 2, last - first or 1.0, len(coordinates)))
+        self._dim = len(self._form.observe)
+        self._selects = self._form.observe == (1.0,) + (0.0,) * (self._dim - 1)  # H takes the first of each d entries
 
     @property
     def size(self) -> int:  # noqa: D102 - inherited
@@ -99,28 +106,29 @@ class GaussianProcess(LatentFunctions):
     def everywhere(self) -> Tensor:  # noqa: D102
         return self.coordinates
 
+    def state_size(self, rank: int) -> int:
+        """Entries of the state of `rank` functions: memory of `at` goes with the square of it, time with the cube."""
+        return rank * self._dim
+
     def initial_hyperparameters(self, rank: int) -> Tensor:  # noqa: D102
-        ones = self.coordinates.new_ones(rank)
-        return torch.stack([ones * math.log(self.range / 5), torch.zeros_like(ones)])
+        start = [math.log(value) for value in self._form.start()]
+        return self.coordinates.new_tensor(start)[:, None].repeat(1, rank)
 
     def bounds(self, rank: int) -> Tensor:  # noqa: D102
-        # A lengthscale below the mean spacing of many coordinates says nothing but "unrelated", and overfits.
-        shortest = self.range / max(self.size - 1, 10)
-        lower = [math.log(shortest), math.log(1e-4)]
-        upper = [math.log(self.range * 100), math.log(1e4)]
-        return self.coordinates.new_tensor([lower, upper])[:, :, None].expand(2, 2, rank)
+        pairs = [[math.log(low), math.log(high)] for low, high in self._form.bounds()]
+        return self.coordinates.new_tensor(pairs).T[:, :, None].expand(2, len(pairs), rank)
 
     def named(self, log_hyperparameters: Tensor) -> dict[str, Tensor]:  # noqa: D102
-        lengthscale, variance = log_hyperparameters.exp()
-        return {"lengthscale": lengthscale, "variance": variance}
+        return dict(zip(self.kernel.hyperparameters, log_hyperparameters.exp(), strict=True))
 
     def chain(self, log_hyperparameters: Tensor, coordinates: Tensor) -> Chain:
         """The prior over the states at given sorted coordinates."""
-        variance = log_hyperparameters[1].exp()
-        start = stationary_covariance(self.nu, variance)[None]
+        start = self._prior(log_hyperparameters, coordinates[:1])
         steps = self._step(log_hyperparameters, torch.diff(coordinates))
         return Chain(
-            torch.cat([torch.zeros_like(start), steps.matrix]), torch.cat([start, steps.noise]), self._observe(variance)
+            torch.cat([torch.zeros_like(start), steps.matrix]),
+            torch.cat([start, steps.noise]),
+            self._observe(log_hyperparameters),
         )
 
     def posterior(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Posterior, Tensor]:  # noqa: D102
@@ -137,8 +145,7 @@ class GaussianProcess(LatentFunctions):
     def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102
         # The state left of `where`, carried forward, meets the information right of it, carried back: what inserting
         # `where` as steps without a site would give.
-        variance = log_hyperparameters[1].exp()
-        H = self._observe(variance)
+        H = self._observe(log_hyperparameters)
         left = torch.searchsorted(self.coordinates, where, right=True) - 1
         right = left + 1
         has_left, has_right = left >= 0, right < self.size
@@ -146,7 +153,7 @@ class GaussianProcess(LatentFunctions):
 
         forward = self._step(log_hyperparameters, torch.where(has_left, where - self.coordinates[left], 0.0))
         A, P = forward.matrix, posterior.covariance[left]
-        prior = stationary_covariance(self.nu, variance)
+        prior = self._prior(log_hyperparameters, where)  # left of all coordinates, that of `where` itself
         mean = torch.where(has_left[:, None, None], A @ posterior.mean[left], 0.0)
         covariance = torch.where(has_left[:, None, None], A @ P @ A.mT + forward.noise, prior)
 
@@ -174,16 +181,23 @@ class GaussianProcess(LatentFunctions):
         return states[:, asked] @ chain.observe.T
 
     def _step(self, log_hyperparameters: Tensor, gaps: Tensor) -> Transition:
-        lengthscale, variance = log_hyperparameters.exp()
-        return transition(self.nu, gaps, lengthscale, variance)
+        matrix, noise = self._form.step(gaps, log_hyperparameters.exp())
+        return Transition(block_diagonal(matrix), block_diagonal(noise))
 
-    def _observe(self, like: Tensor) -> Tensor:
-        d, rank = state_dim(self.nu), like.shape[0]
-        return torch.eye(rank * d, dtype=like.dtype, device=like.device)[::d]
+    def _prior(self, log_hyperparameters: Tensor, coordinates: Tensor) -> Tensor:
+        return block_diagonal(self._form.prior(coordinates, log_hyperparameters.exp()))
+
+    def _observe(self, log_hyperparameters: Tensor) -> Tensor:
+        one = torch.eye(
+            log_hyperparameters.shape[1], dtype=log_hyperparameters.dtype, device=log_hyperparameters.device
+        )
+        return torch.kron(one, log_hyperparameters.new_tensor([self._form.observe]))
 
     def _observed(self, mean: Tensor, covariance: Tensor, log_hyperparameters: Tensor) -> Moments:
-        d = state_dim(self.nu)
-        return Moments(mean[:, ::d, 0], covariance[:, ::d, ::d])
+        if self._selects:
+            return Moments(mean[:, :: self._dim, 0], covariance[:, :: self._dim, :: self._dim])
+        H = self._observe(log_hyperparameters)
+        return Moments((H @ mean).squeeze(-1), H @ covariance @ H.T)
 
 
 class IndependentRows(LatentFunctions):
@@ -262,7 +276,7 @@ def latent_functions(axis: Axis, like: Tensor) -> LatentFunctions:
     """
     match axis:
         case ContinuousAxis():
-            return GaussianProcess(torch.tensor(axis.coordinates).to(like), axis.nu)
+            return GaussianProcess(torch.tensor(axis.coordinates).to(like), axis.kernel)
         case CategoricalAxis():
             return IndependentRows(axis.size, like)
     raise TypeError(f"axis: expected ContinuousAxis or CategoricalAxis, got {type(axis).__name__}")

@@ -17,11 +17,11 @@ from probtensor.calibration import ScaleMixture
 from probtensor.cells import find_cells
 from probtensor.data import group_cells
 from probtensor.gaussian import standard_normal
-from probtensor.likelihoods import Entries
+from probtensor.likelihoods import Entries, Likelihood
 from probtensor.predictive import NormalMixture
 from probtensor.predictive_base import weight_nodes
 
-__all__ = ["Observation", "SeenCells"]
+__all__ = ["Observation", "SeenCells", "draw_values"]
 
 
 class SeenCells(NamedTuple):
@@ -107,7 +107,7 @@ class Observation:
         return Residual(cell, *(torch.where(known, s[at], n) for s, n in parts))
 
     def moments(self, mean: Tensor, variance: Tensor, residual: Residual) -> tuple[Tensor, Tensor, Tensor]:
-        """Location of ``y``, variance of the part of ``f`` that does not recur, variance of residual and noise, (n,)."""
+        """Location of ``y``, variances of what of ``f`` does not recur and of residual and noise, (n,)."""
         location = mean + residual.shrink * (residual.value - mean)
         latent = (1 - residual.shrink) ** 2 * variance
         return location, latent, (residual.left + self.noise_variance) * residual.rate / residual.shape
@@ -195,3 +195,11 @@ class Observation:
             weights[row, : len(kind.scales)] = kind.weights.numpy()
         which = known.astype(int)
         return np.array([kind.inflation for kind in kinds])[which], scales[which], weights[which]
+
+
+def draw_values(likelihood: Likelihood, log_parameters: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
+    """One value for each draw of ``f`` (n_samples, n), offset included: counts and binary values."""
+    flat = f.reshape(-1)
+    known = likelihood.predictive(log_parameters, flat, torch.zeros_like(flat))
+    rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+    return torch.from_numpy(known.sample(1, rng).astype(float)).reshape(f.shape)

@@ -22,7 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Transition", "matern_covariance", "state_dim", "stationary_covariance", "transition"]
+__all__ = [
+    "Transition",
+    "block_diagonal",
+    "matern_blocks",
+    "matern_covariance",
+    "state_dim",
+    "stationary_blocks",
+    "stationary_covariance",
+    "transition",
+]
 
 # With the scaled state, expm(F s) = exp(-s) * sum_n _DRIFT[n] s^n, and its last column, exp(-s) * sum_n c_n s^n, is
 # what the driving noise of intensity _INTENSITY feeds into the state.
@@ -84,9 +93,14 @@ def stationary_covariance(nu: float, variance: Tensor) -> Tensor:
     Tensor, shape (R * d, R * d)
         Block diagonal.
     """
+    return block_diagonal(stationary_blocks(nu, variance))
+
+
+def stationary_blocks(nu: float, variance: Tensor) -> Tensor:
+    """The blocks of `stationary_covariance`, shape (R, d, d)."""
     state_dim(nu)
     unit = torch.tensor(_STATIONARY[nu], dtype=variance.dtype, device=variance.device)
-    return _block_diagonal(variance[:, None, None] * unit)
+    return variance[:, None, None] * unit
 
 
 def transition(nu: float, gaps: Tensor, lengthscale: Tensor, variance: Tensor) -> Transition:
@@ -109,6 +123,12 @@ def transition(nu: float, gaps: Tensor, lengthscale: Tensor, variance: Tensor) -
     Transition
         Both tensors of shape (n, R * d, R * d), differentiable in the hyperparameters.
     """
+    matrix, noise = matern_blocks(nu, gaps, lengthscale, variance)
+    return Transition(block_diagonal(matrix), block_diagonal(noise))
+
+
+def matern_blocks(nu: float, gaps: Tensor, lengthscale: Tensor, variance: Tensor) -> Transition:
+    """The blocks of `transition`, both tensors of shape (n, R, d, d)."""
     d = state_dim(nu)
     s = math.sqrt(2 * nu) * gaps[:, None] / lengthscale  # (n, R)
     decay = torch.exp(-s)
@@ -127,7 +147,7 @@ def transition(nu: float, gaps: Tensor, lengthscale: Tensor, variance: Tensor) -
     twice = (2 * s[..., None]).clamp(min=torch.finfo(s.dtype).tiny)  # the gradient of gammainc is NaN at 0
     integrals = torch.where(s[..., None] > 0, scale * torch.special.gammainc(orders, twice), 0.0)  # (n, R, 2d-1)
     noise = _INTENSITY[nu] * torch.einsum("nrp,pij->nrij", integrals, square) * variance[:, None, None]
-    return Transition(_block_diagonal(matrix), _block_diagonal(noise))
+    return Transition(matrix, noise)
 
 
 def matern_covariance(nu: float, distance: Tensor, lengthscale: Tensor | float, variance: Tensor | float) -> Tensor:
@@ -158,7 +178,7 @@ def matern_covariance(nu: float, distance: Tensor, lengthscale: Tensor | float, 
     return variance * polynomial * torch.exp(-s)
 
 
-def _block_diagonal(blocks: Tensor) -> Tensor:
+def block_diagonal(blocks: Tensor) -> Tensor:
     """(..., R, d, d) blocks to (..., R d, R d)."""
     *batch, count, d, _ = blocks.shape
     full = blocks.new_zeros(*batch, count, d, count, d)

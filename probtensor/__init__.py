@@ -16,7 +16,11 @@ except PackageNotFoundError:  # a checkout that is not installed
 __all__ = [
     "CategoricalAxis",
     "ContinuousAxis",
+    "Linear",
+    "Matern",
     "Observations",
+    "Periodic",
+    "Sum",
     "__version__",
     "comm",
     "datasets",
@@ -42,6 +46,10 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors; with
     from probtensor.axes import CategoricalAxis as CategoricalAxis
     from probtensor.axes import ContinuousAxis as ContinuousAxis
     from probtensor.data import Observations as Observations
+    from probtensor.kernels import Linear as Linear
+    from probtensor.kernels import Matern as Matern
+    from probtensor.kernels import Periodic as Periodic
+    from probtensor.kernels import Sum as Sum
     from probtensor.persistence import load as load
     from probtensor.readers import from_dense as from_dense
     from probtensor.readers import from_xarray as from_xarray
@@ -52,6 +60,7 @@ else:
     _HOMES = {
         **dict.fromkeys(("CategoricalAxis", "ContinuousAxis"), "probtensor.axes"),
         "Observations": "probtensor.data",
+        **dict.fromkeys(("Linear", "Matern", "Periodic", "Sum"), "probtensor.kernels"),
         "load": "probtensor.persistence",
         **dict.fromkeys(("from_dense", "from_xarray", "read_table", "read_tns", "to_xarray"), "probtensor.readers"),
     }

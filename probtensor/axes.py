@@ -1,6 +1,6 @@
 """What a mode's index means: a number or a time on a continuous axis, a label on a categorical one.
 
-An axis is first a specification (`ContinuousAxis("time", nu=2.5)`); `fit` returns a new axis that also knows the
+An axis is first a specification (`ContinuousAxis("time", Matern(2.5))`); `fit` returns a new axis that also knows the
 distinct values of a column. Nothing is changed in place. `positions` number those distinct values 0, 1, ... and
 are -1 for a value that was not seen. Rows in messages count from 0, whatever the column's index.
 """
@@ -18,6 +18,9 @@ import pandas as pd
 
 from probtensor import columns
 from probtensor.columns import FloatArray, IntArray
+from probtensor.kernels import Kernel, Matern, kernel_from_state
+
+MATERN = Matern(1.5)  # what is believed where nothing is said
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +119,15 @@ class ContinuousAxis(Axis):
     ----------
     name : str, optional
         The column's name.
-    nu : {0.5, 1.5, 2.5}, default 1.5
-        Smoothness of the Matern prior over the axis.
+    kernel : Kernel, default Matern(1.5)
+        What is believed of functions over the axis: `Matern`, `Periodic`, `Linear`, or a sum of them.
     distinct : pandas.Index, optional
         Sorted distinct values, set by `fit`; numbers are kept as int64 or float64.
 
     Raises
     ------
     ValueError
-        If `nu` is another number.
+        If `kernel` is something else.
 
     Examples
     --------
@@ -136,12 +139,12 @@ class ContinuousAxis(Axis):
     Timestamp('2024-01-01 18:00:00')
     """
 
-    nu: float = 1.5
+    kernel: Kernel = MATERN
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.nu not in (0.5, 1.5, 2.5):
-            raise ValueError(f"nu: expected 0.5, 1.5 or 2.5, got {self.nu!r}")
+        if not isinstance(self.kernel, Kernel):
+            raise ValueError(f"kernel: expected Matern, Periodic, Linear or a sum of them, got {self.kernel!r}")
 
     @cached_property
     def coordinates(self) -> FloatArray:
@@ -191,7 +194,7 @@ class ContinuousAxis(Axis):
         return pd.Index(values) if columns.unit_kind(fitted) == "numbers" else pd.Index(values).astype(fitted.dtype)
 
     def union(self, other: Self) -> Self:
-        """Return the axis of both columns; raise ValueError if `other` has another name, `nu` or type of values."""
+        """Return the axis of both columns; raise ValueError if `other` has another name, kernel or type of values."""
         self._check_union(other)
         mine, theirs = self._fitted(), other._fitted()
         if columns.unit_kind(mine) != columns.unit_kind(theirs):
@@ -201,6 +204,10 @@ class ContinuousAxis(Axis):
         if isinstance(mine, pd.DatetimeIndex) and isinstance(theirs, pd.DatetimeIndex) and mine.tz is not None:
             theirs = theirs.tz_convert(mine.tz)
         return self.fit(mine.append(theirs))
+
+    def to_state(self) -> dict[str, Any]:
+        """Return everything as a dict that JSON can hold, floats bit for bit; `axis_from_state` reads it."""
+        return {**super().to_state(), "kernel": self.kernel.to_state()}
 
 
 @final
@@ -286,6 +293,10 @@ def axis_from_state(state: dict[str, Any]) -> Axis:
     kind = settings.pop("kind", None)
     if kind not in classes:
         raise ValueError(f"state: expected a kind among {sorted(classes)}, got {kind!r}")
+    if kind == ContinuousAxis.__name__:
+        if "kernel" not in settings:
+            raise ValueError(f"state: expected the kernel of axis {settings.get('name')!r}, got an axis without one")
+        settings["kernel"] = kernel_from_state(settings["kernel"])
     if settings["distinct"] is not None:
         settings["distinct"] = columns.index_from_state(settings["distinct"])
     return cast(Axis, classes[kind](**settings))

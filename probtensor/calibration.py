@@ -4,8 +4,8 @@ A factorised posterior is too sure of itself: it leaves out how the modes' uncer
 empirical. Rows held out from a fit give residuals ``r_n`` beside the model's own variances, ``v_n`` of the noise-free
 entry and ``s_n`` of the noise. The residuals are taken as draws of ``N(0, c_j^2 (a v_n + s_n))`` with probability
 ``p_j``: a scale mixture of normals, any symmetric bell with tails as heavy, or a peak as sharp, as the residuals have.
-The inflation ``a``, the scales ``c_j`` and their probabilities are those of highest likelihood; for fixed scales that is
-a concave problem, which EM solves.
+The inflation ``a``, the scales ``c_j`` and their probabilities are those of highest likelihood; for fixed scales that
+is a concave problem, which EM solves.
 
 References
 ----------
@@ -23,7 +23,7 @@ __all__ = ["MIN_RESIDUALS", "ScaleMixture", "fit_scale_mixture"]
 
 MIN_RESIDUALS = 200  # fewer say too little of the tails
 INFLATIONS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
-# Scales a factor sqrt(2) apart: the smallest far below any residual that is not a repetition, the largest far above all.
+# Scales a factor sqrt(2) apart: the smallest far below any residual that is no repetition, the largest far above all.
 SCALES = 2.0 ** np.arange(-14, 7.5, 0.5)
 EM_STEPS = 500
 NEGLIGIBLE = 1e-6  # probability below which a scale is dropped

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from probtensor.axes import Axis
 
-DEFAULT_RANK = 3
+DEFAULT_RANK = 6
 COLUMN = "COLUMN"
 DATES = r"\d{4}-\d{2}-\d{2}([ T].*)?"
 
@@ -34,7 +34,19 @@ app = typer.Typer(
 )
 
 ModelFile = Annotated[Path, typer.Argument(help="A model that `probtensor fit` wrote.", show_default=False)]
-Form = StrEnum("Form", ["tucker", "cp"])
+Form = StrEnum("Form", ["cp", "tucker"])
+
+
+class Law(StrEnum):
+    """Likelihoods that FunBaT knows by name."""
+
+    student_t = "student-t"
+    gaussian = "gaussian"
+    poisson = "poisson"
+    negative_binomial = "negative-binomial"
+    bernoulli = "bernoulli"
+
+
 Duplicates = StrEnum("Duplicates", ["observations", "error", "sum", "mean"])
 
 
@@ -59,7 +71,7 @@ def main(
 
     **probtensor demo**
 
-    **probtensor fit data.csv --value y --continuous time --categorical station --rank 3 --out my.model**
+    **probtensor fit data.csv --value y --continuous time --categorical station --rank 4 --out my.model**
 
     **probtensor predict my.model new.csv --out filled.csv**
 
@@ -111,13 +123,16 @@ def fit(
         str | None,
         typer.Option(
             help="Latent functions of each aspect: one number, or one for each as in 3,2,4 (Tucker only).",
-            show_default="3, or as many as an aspect has labels",
+            show_default="6, with tucker as many as an aspect has labels",
         ),
     ] = None,
     form: Annotated[
         Form,
-        typer.Option(help="tucker: each function of an aspect meets all of the others; cp: only those of its number."),
-    ] = Form.tucker,
+        typer.Option(help="cp: each function of an aspect meets those of its number; tucker: all of the others."),
+    ] = Form.cp,
+    likelihood: Annotated[
+        Law, typer.Option(help="How values scatter: heavy tails, normal, counts, or zeros and ones.")
+    ] = Law.student_t,
     no_main_effects: Annotated[
         bool, typer.Option("--no-main-effects", help="Only products of functions, no effect of an aspect by itself.")
     ] = False,
@@ -153,7 +168,7 @@ def fit(
 
     **probtensor fit air.csv --value pm25 --continuous day --continuous latitude --categorical station --out air.model**
 
-    **probtensor fit assay.csv --value y --continuous time --rank 4 --form cp --nu 2.5 --out assay.model**
+    **probtensor fit assay.csv --value y --continuous time --rank 4 --form tucker --nu 2.5 --out assay.model**
     """
     with _user_errors():
         from probtensor.data import resolve_axes
@@ -177,7 +192,7 @@ def fit(
             hint = f"; if near numbers mean alike: --continuous {axis.name}" if guessed else ""
             typer.echo(f"{axis.name}: {_what(axis)}{hint}")
         settings: dict[str, Any] = {
-            **{"rank": _ranks(rank, form, fitted), "form": form.value, "axes": axes},
+            **{"rank": _ranks(rank, form, fitted), "form": form.value, "axes": axes, "likelihood": likelihood.value},
             **{"main_effects": not no_main_effects, "n_init": starts, "max_iter": max_iter, "tol": tol},
             **{"damping": damping, "duplicates": duplicates.value, "random_state": seed},
             **{"progress": not quiet and sys.stderr.isatty()},
@@ -236,7 +251,7 @@ def info(model: ModelFile) -> None:
 
 
 def _ranks(text: str | None, form: Form, fitted: list[Axis]) -> int | tuple[int, ...]:
-    """Return the ranks of ``--rank``; without it 3, or as many as a Tucker model allows."""
+    """Return the ranks of ``--rank``; without it 6, or as many as a Tucker model allows."""
     if text is None:
         ranks = tuple(min(DEFAULT_RANK, axis.size) if form is Form.tucker else DEFAULT_RANK for axis in fitted)
         return ranks if len(set(ranks)) > 1 else ranks[0]
@@ -250,6 +265,7 @@ def _ranks(text: str | None, form: Form, fitted: list[Axis]) -> int | tuple[int,
 def _with_smoothness(axes: tuple[Axis, ...], given: list[str]) -> tuple[Axis, ...]:
     """Return the axes with the smoothness of ``--nu 1.5`` (all) and ``--nu time=1.5`` (one)."""
     from probtensor.axes import ContinuousAxis
+    from probtensor.kernels import Matern
 
     names = [axis.name for axis in axes if isinstance(axis, ContinuousAxis)]
     chosen: dict[str | None, float] = {}
@@ -262,8 +278,8 @@ def _with_smoothness(axes: tuple[Axis, ...], given: list[str]) -> tuple[Axis, ..
         except ValueError:
             raise ValueError(f"--nu: expected a number, or one for a column as in time=2.5, got {text!r}") from None
     return tuple(
-        replace(axis, nu=chosen[axis.name]) if isinstance(axis, ContinuousAxis) and axis.name in chosen else axis
-        for axis in axes
+        replace(a, kernel=Matern(chosen[a.name])) if isinstance(a, ContinuousAxis) and a.name in chosen else a
+        for a in axes
     )
 
 
@@ -316,9 +332,10 @@ def _describe(model: Any, header: dict[str, Any]) -> Iterator[str]:
     for axis in model.axes_:
         rank = model.factor(axis.name, at=axis.distinct[:1])[0].shape[1]
         yield f"{axis.name}: rank {rank}, {_what(axis)}"
-        in_days = isinstance(axis, ContinuousAxis) and axis.distinct is not None and axis.distinct.dtype.kind in "mM"
+        timed = isinstance(axis, ContinuousAxis) and axis.distinct is not None and axis.distinct.dtype.kind in "mM"
+        in_days = axis.kernel.lengthscales if timed else ()
         for name, hyperparameter in model.hyperparameters_[axis.name].items():
-            words = f"{name} (days)" if in_days and name == "lengthscale" else name
+            words = f"{name} (days)" if name in in_days else name
             yield f"  {words:<28}{_numbers(hyperparameter)}"
 
 
@@ -328,7 +345,7 @@ def _what(axis: Axis) -> str:
 
     values = [] if axis.distinct is None else axis.distinct
     if isinstance(axis, ContinuousAxis):
-        return f"continuous, {axis.size} coordinates from {values[0]} to {values[-1]}, nu {axis.nu:g}"
+        return f"continuous, {axis.size} coordinates from {values[0]} to {values[-1]}, {axis.kernel}"
     return f"categorical, {axis.size} labels: {', '.join(map(str, values[:5]))}{', ...' * (axis.size > 5)}"
 
 

@@ -155,7 +155,7 @@ def infer_axis(column: npt.ArrayLike, name: str | None) -> Axis:
     Examples
     --------
     >>> infer_axis([0.5, 1.5], "dose"), infer_axis(["a", "b"], "cell")
-    (ContinuousAxis(name='dose', nu=1.5), CategoricalAxis(name='cell'))
+    (ContinuousAxis(name='dose', kernel=Matern(nu=1.5)), CategoricalAxis(name='cell'))
     """
     kind = ptypes.infer_dtype(as_series(column, name), skipna=True)
     if kind in _CONTINUOUS:
@@ -187,8 +187,9 @@ def resolve_axes(table: pd.DataFrame, axes: Sequence[Axis] | None = None) -> tup
     Examples
     --------
     >>> from probtensor.axes import ContinuousAxis
-    >>> resolve_axes(as_table([["a", 1], ["b", 2]]), [ContinuousAxis("mode_1", nu=2.5)])
-    (CategoricalAxis(name='mode_0'), ContinuousAxis(name='mode_1', nu=2.5))
+    >>> from probtensor.kernels import Matern
+    >>> resolve_axes(as_table([["a", 1], ["b", 2]]), [ContinuousAxis("mode_1", Matern(2.5))])
+    (CategoricalAxis(name='mode_0'), ContinuousAxis(name='mode_1', kernel=Matern(nu=2.5)))
     """
     names = list(table.columns)
     if axes is not None and not isinstance(axes, Sequence):

@@ -65,8 +65,8 @@ class Where:
 class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
     """Regression over the entries of a tensor, with a predictive distribution.
 
-    Subclasses set their parameters in ``__init__`` and give `_fit`, `_predictive`, `_draw`, `_fitted_device`, `to_state`
-    and `_restore`; where values may not be standardised, `_location_scale` too.
+    Subclasses set their parameters in ``__init__`` and give `_fit`, `_predictive`, `_draw`, `_fitted_device`,
+    `to_state` and `_restore`; where values may not be standardised, `_location_scale` too.
 
     Attributes
     ----------
@@ -432,7 +432,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         where = self._locate(X, stacklevel=4)
         with torch.no_grad(), threads_for(len(where)):
             predictive = self._predictive(where)
-        if self._location_scale():
+        if (self.y_scale_, self.y_mean_) != (1.0, 0.0):  # counts have no other unit
             predictive = predictive.affine(self.y_scale_, self.y_mean_)
         return predictive
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis, axis_from_state
+from probtensor.kernels import Linear, Matern, Periodic
 
 FLOATS = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=9)
 MICROSECONDS = st.lists(st.integers(-(10**17), 10**17), min_size=1, max_size=9)
@@ -19,6 +20,7 @@ LABELS = st.lists(
     min_size=1,
     max_size=9,
 )
+SEASON = Matern(2.5) + Periodic(365.25, 3) + Linear()
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -34,15 +36,20 @@ def typed(labels: object) -> list[tuple[type, object]]:
 # Specification
 
 
-@pytest.mark.parametrize("nu", [0.5, 1.5, 2.5])
-def test_nu_of_the_three_matern_priors_is_taken(nu):
-    assert ContinuousAxis("time", nu=nu).nu == nu
+def test_a_continuous_axis_has_a_matern_kernel_unless_told():
+    assert ContinuousAxis("time").kernel == Matern(1.5)
+    assert ContinuousAxis("time", SEASON).kernel == SEASON
 
 
-@pytest.mark.parametrize("nu", [1.0, 0, -0.5, np.nan, "1.5"])
-def test_another_nu_is_refused(nu):
-    with pytest.raises(ValueError, match=r"nu: expected 0.5, 1.5 or 2.5, got"):
-        ContinuousAxis("time", nu=nu)
+@pytest.mark.parametrize("kernel", [1.5, None, "Matern", Matern])
+def test_something_else_than_a_kernel_is_refused(kernel):
+    with pytest.raises(ValueError, match="kernel: expected Matern, Periodic, Linear or a sum of them, got"):
+        ContinuousAxis("time", kernel)
+
+
+def test_the_former_argument_is_gone():
+    with pytest.raises(TypeError, match="nu"):
+        ContinuousAxis("time", nu=2.5)
 
 
 def test_name_must_be_a_string():
@@ -51,12 +58,12 @@ def test_name_must_be_a_string():
 
 
 def test_fit_returns_a_new_axis_and_leaves_the_specification():
-    axis = ContinuousAxis(nu=2.5)
+    axis = ContinuousAxis(kernel=Matern(2.5))
     fitted = axis.fit(pd.Series([2.0, 1.0], name="dose"))
     assert not axis.is_fitted
     assert axis.name is None
     assert fitted.is_fitted
-    assert (fitted.name, fitted.nu, fitted.size) == ("dose", 2.5, 2)
+    assert (fitted.name, fitted.kernel.nu, fitted.size) == ("dose", 2.5, 2)
 
 
 @pytest.mark.parametrize(
@@ -68,11 +75,15 @@ def test_an_axis_without_data_says_that_it_must_be_fitted(axis, use):
         use(axis)
 
 
-def test_equality_sees_name_nu_type_and_values():
+def test_equality_sees_name_kernel_type_and_values():
     axis = ContinuousAxis("x").fit([1.0, 2.0])
     assert axis == ContinuousAxis("x").fit([2.0, 1.0, 1.0])
     assert hash(axis) == hash(ContinuousAxis("x").fit([2.0, 1.0, 1.0]))
-    others = [ContinuousAxis("x"), ContinuousAxis("y").fit([1.0, 2.0]), ContinuousAxis("x", nu=0.5).fit([1.0, 2.0])]
+    others = [
+        ContinuousAxis("x"),
+        ContinuousAxis("y").fit([1.0, 2.0]),
+        ContinuousAxis("x", Matern(0.5)).fit([1.0, 2.0]),
+    ]
     others += [
         ContinuousAxis("x").fit([1.0, 3.0]),
         ContinuousAxis("x").fit([1, 2]),
@@ -244,7 +255,7 @@ def test_the_union_of_two_time_zones_has_the_first_ones():
     assert str(union.distinct.tz) == "Europe/Berlin"
 
 
-@pytest.mark.parametrize("other", [ContinuousAxis("y"), ContinuousAxis("x", nu=0.5), CategoricalAxis("x")])
+@pytest.mark.parametrize("other", [ContinuousAxis("y"), ContinuousAxis("x", Matern(0.5)), CategoricalAxis("x")])
 def test_union_refuses_another_axis(other):
     with pytest.raises(ValueError, match="other: expected an axis of the same kind and name"):
         ContinuousAxis("x").fit([1.0]).union(other.fit([1.0]))
@@ -404,7 +415,7 @@ def test_a_label_that_json_cannot_hold_is_refused_when_saved(label):
 # States
 
 
-@pytest.mark.parametrize("axis", [ContinuousAxis("x", nu=0.5), CategoricalAxis()])
+@pytest.mark.parametrize("axis", [ContinuousAxis("x", Matern(0.5)), ContinuousAxis("x", SEASON), CategoricalAxis()])
 def test_a_specification_survives_json(axis):
     assert through_json(axis) == axis
 
@@ -412,6 +423,11 @@ def test_a_specification_survives_json(axis):
 def test_a_state_of_another_kind_is_refused():
     with pytest.raises(ValueError, match=r"state: expected a kind among .* got 'Ordinal'"):
         axis_from_state({"kind": "Ordinal", "name": "x", "distinct": None})
+
+
+def test_a_continuous_axis_without_a_kernel_is_refused():
+    with pytest.raises(ValueError, match="state: expected the kernel of axis 'x', got an axis without one"):
+        axis_from_state({"kind": "ContinuousAxis", "name": "x", "nu": 1.5, "distinct": None})
 
 
 def test_the_users_column_is_not_modified():

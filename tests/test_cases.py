@@ -24,6 +24,7 @@ import probtensor as pt
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.gaussian import Gamma
+from probtensor.kernels import Matern
 from probtensor.models import FunBaT
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_tucker import FunctionalTucker
@@ -180,7 +181,7 @@ def test_results_have_the_precision_of_the_input(form, dtype, tmp_path):
 def test_what_the_user_passes_in_is_bit_equal_after_the_fit():
     X, y = small_table()
     y[3] = -0.0
-    axes = [CategoricalAxis("cell"), ContinuousAxis("time", nu=2.5)]
+    axes = [CategoricalAxis("cell"), ContinuousAxis("time", Matern(2.5))]
     before = (X.copy(deep=True), y.tobytes(), list(axes))
     y.flags.writeable = False
     model = FunBaT(form="cp", axes=axes, **QUICK).fit(X, y)

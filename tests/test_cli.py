@@ -23,6 +23,7 @@ from probtensor.cli import app, fit
 from probtensor.data import resolve_axes
 from probtensor.datasets import load_il2
 from probtensor.demo import run_demo, split_rows
+from probtensor.kernels import Linear, Matern, Periodic
 from probtensor.metrics import rmse
 from probtensor.models import FunBaT  # the model, not the stand-in
 from probtensor.persistence import load, write_state
@@ -103,13 +104,26 @@ FIT = ("fit", "data.csv", "--value", "value", "--categorical", "station", "--out
 
 
 def test_fit_passes_the_table_and_every_setting_to_the_model(folder):
-    options = ("--rank", "3,2", "--form", "cp", "--max-iter", "9", "--tol", "1e-3", "--damping", "0.5")
+    options = (
+        "--rank",
+        "3,2",
+        "--form",
+        "cp",
+        "--max-iter",
+        "9",
+        "--tol",
+        "1e-3",
+        "--damping",
+        "0.5",
+        "--likelihood",
+        "gaussian",
+    )
     options += ("--no-main-effects", "--starts", "5")
     result = run(*FIT, *options, "--duplicates", "mean", "--seed", "4", "--quiet", "--nu", "2.5")
     axes = Toy.made.settings.pop("axes")
-    assert axes == (ContinuousAxis("day", nu=2.5), CategoricalAxis("station"))
+    assert axes == (ContinuousAxis("day", Matern(2.5)), CategoricalAxis("station"))
     assert Toy.made.settings == {
-        **{"rank": (3, 2), "form": "cp", "max_iter": 9, "tol": 1e-3, "damping": 0.5},
+        **{"rank": (3, 2), "form": "cp", "max_iter": 9, "tol": 1e-3, "damping": 0.5, "likelihood": "gaussian"},
         **{"main_effects": False, "n_init": 5, "duplicates": "mean", "random_state": 4, "progress": False},
     }
     assert Toy.made.X["day"].tolist() == [0.5, 1.5, 2.5]  # the row without a value is a hole
@@ -121,36 +135,36 @@ def test_fit_passes_the_table_and_every_setting_to_the_model(folder):
 def test_settings_that_were_not_given_are_left_to_the_model(folder):
     Path("data.csv").write_text("day,station,value\n0.5,a,1\n1.5,b,2\n2.5,c,3\n")
     run(*FIT)
-    assert Toy.made.settings["rank"] == 3
+    assert Toy.made.settings["rank"] == 6
     assert Toy.made.settings["axes"][0] == ContinuousAxis("day")
     assert not {"max_iter", "tol", "n_init"} & set(Toy.made.settings)
 
 
 def test_defaults_that_help_shows_are_those_of_the_model():
     model = {name: parameter.default for name, parameter in inspect.signature(FunBaT).parameters.items()}
-    model["nu"] = ContinuousAxis().nu
+    model["nu"] = ContinuousAxis().kernel.nu
     shown = {option.name: option.show_default for option in typer.main.get_command(app).commands["fit"].params}
     for name, option in {"n_init": "starts", "max_iter": "max_iter", "tol": "tol", "nu": "nu", "rank": "rank"}.items():
         assert shown[option].split(",")[0] == str(model[name])
     command = inspect.signature(fit).parameters
-    for name in ("damping", "form", "duplicates"):
+    for name in ("damping", "form", "duplicates", "likelihood"):
         assert command[name].default == model[name]
     assert command["no_main_effects"].default is not model["main_effects"]
 
 
 def test_the_default_rank_fits_an_aspect_of_few_labels(folder):
-    run(*FIT)  # three days, two stations
+    run(*FIT, "--form", "tucker")  # three days, two stations
     assert Toy.made.settings["rank"] == (3, 2)
-    run(*FIT, "--form", "cp")
-    assert Toy.made.settings["rank"] == 3
+    run(*FIT)
+    assert Toy.made.settings["rank"] == 6
 
 
 def test_fit_says_what_each_column_was_taken_for(folder):
     Path("data.csv").write_text("day,when,week,station,value\n0.5,2024-01-31,1,007,1\n1.5,2024-02-01,2,12,2\n")
     lines = run(*FIT).stdout.splitlines()
     assert lines[:4] == [
-        "day: continuous, 2 coordinates from 0.5 to 1.5, nu 1.5",
-        "when: continuous, 2 coordinates from 2024-01-31 00:00:00 to 2024-02-01 00:00:00, nu 1.5",
+        "day: continuous, 2 coordinates from 0.5 to 1.5, Matern(nu=1.5)",
+        "when: continuous, 2 coordinates from 2024-01-31 00:00:00 to 2024-02-01 00:00:00, Matern(nu=1.5)",
         "week: categorical, 2 labels: 1, 2; if near numbers mean alike: --continuous week",
         "station: categorical, 2 labels: 007, 12",
     ]
@@ -182,7 +196,7 @@ def test_labels_that_are_named_categorical_stay_as_written(folder):
 def test_smoothness_of_one_column_overrules_that_of_all(folder):
     pd.DataFrame({"t": [0.5], "x": [1.5], "value": [1.0]}).to_csv("data.csv", index=False)
     run("fit", "data.csv", "--value", "value", "--out", "m", "--nu", "x=0.5", "--nu", "2.5")
-    assert [axis.nu for axis in Toy.made.settings["axes"]] == [2.5, 0.5]
+    assert [axis.kernel.nu for axis in Toy.made.settings["axes"]] == [2.5, 0.5]
 
 
 def test_ignored_columns_are_no_aspects(folder):
@@ -242,11 +256,26 @@ def test_info_shows_what_the_file_holds(folder):
         "bound on the log evidence   -12.500000",
         "iterations                  7",
         "converged                   yes (the bound changed by less than tol)",
-        "day: rank 3, continuous, 3 coordinates from 0.5 to 2.5, nu 1.5",
+        "day: rank 3, continuous, 3 coordinates from 0.5 to 2.5, Matern(nu=1.5)",
         "station: rank 3, categorical, 2 labels: ",
         "lengthscale                 0.5  2",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (Matern(2.5) + Linear(), "lengthscale (days)          0.5  2"),
+        (Periodic(7.0), "lengthscale                 0.5  2"),
+    ],
+)
+def test_info_gives_a_unit_to_lengthscales_that_have_one(folder, kernel, words):
+    when = pd.DataFrame({"when": pd.to_datetime(["2024-01-01", "2024-01-03"])})
+    Toy(axes=[ContinuousAxis("when", kernel)]).fit(when, [1.0, 2.0]).save("m")
+    text = run("info", "m").stdout
+    assert words in text
+    assert f"2 coordinates from 2024-01-01 00:00:00 to 2024-01-03 00:00:00, {kernel}" in text
 
 
 def test_version_and_help():
@@ -376,8 +405,8 @@ def test_a_table_is_completed_from_the_command_line(tmp_path):
     assert (predicted["mean"] < predicted["upper"]).all()
     assert truth["value"].between(predicted["lower"], predicted["upper"]).mean() > 0.7
     text = run("info", paths["my.model"]).stdout
-    assert "day: rank 2, continuous, 24 coordinates from 0.0 to 5.75" in text
-    assert "station: rank 2, categorical, 5 labels: a, b, c, d, e" in text
+    assert "continuous, 24 coordinates from 0.0 to 5.75" in text
+    assert "categorical, 5 labels: a, b, c, d, e" in text
 
 
 @pytest.fixture(scope="module")

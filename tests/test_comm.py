@@ -35,6 +35,7 @@ def test_serial_returns_what_it_is_given() -> None:
     assert comm.sum(tensor) is tensor
     assert comm.broadcast(tensor) is tensor
     assert comm.gather_bytes(b"abc") == [b"abc"]
+    assert comm.exchange(tensor, torch.zeros(2, dtype=torch.int64)) is tensor
     comm.barrier(timeout=0.0)
 
 

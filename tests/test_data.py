@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.data import (
     Observations,
-    group_cells,
     _merge,
     as_table,
+    group_cells,
     infer_axis,
     resolve_axes,
 )
+from probtensor.kernels import Matern
 from probtensor.readers import from_dense
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
@@ -108,12 +109,12 @@ def test_named_axes_override_and_the_rest_is_inferred():
     axes = resolve_axes(X3, [CategoricalAxis("time")])
     assert axes == (CategoricalAxis("time"), CategoricalAxis("cell"))
     assert resolve_axes(X3) == (ContinuousAxis("time"), CategoricalAxis("cell"))
-    assert resolve_axes(X3, [CategoricalAxis("cell"), ContinuousAxis("time", nu=0.5)])[0].nu == 0.5
+    assert resolve_axes(X3, [CategoricalAxis("cell"), ContinuousAxis("time", Matern(0.5))])[0].kernel.nu == 0.5
 
 
 def test_axes_without_names_go_by_position():
-    axes = resolve_axes(X3, [ContinuousAxis(nu=2.5), CategoricalAxis("cell")])
-    assert axes == (ContinuousAxis("time", nu=2.5), CategoricalAxis("cell"))
+    axes = resolve_axes(X3, [ContinuousAxis(kernel=Matern(2.5)), CategoricalAxis("cell")])
+    assert axes == (ContinuousAxis("time", Matern(2.5)), CategoricalAxis("cell"))
 
 
 @pytest.mark.parametrize(

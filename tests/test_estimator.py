@@ -18,6 +18,8 @@ from sklearn.exceptions import NotFittedError
 
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.estimator import TensorRegressor, UnknownLabelWarning
+from probtensor.kernels import Matern
+from probtensor.predictive import NormalMixture
 from probtensor.resources import make_generator
 
 LATENT_VARIANCE, NOISE_VARIANCE = 0.36, 0.28
@@ -34,24 +36,25 @@ class Known(TensorRegressor):
         self.device = device
         self.random_state = random_state
 
-    def _fit(self, positions, values, comm):
+    def _fit(self, positions, values, comm, count, precision):
         if self.slope < 0:
             raise ValueError(f"slope: expected at least 0, got {self.slope}")
-        self.positions_, self.values_ = positions, values
+        self.positions_, self.values_, self.count_, self.precision_ = positions, values, count, precision
 
-    def _latent(self, encoded):
-        mean = self.slope * encoded[0].double()
-        return mean, torch.full_like(mean, LATENT_VARIANCE)
+    def _mean(self, where):
+        return self.slope * where.encoded[0].double()
 
-    def _latent_samples(self, encoded, n_samples, generator):
+    def _predictive(self, where):
+        mean = self._mean(where).numpy()
+        return NormalMixture(mean, np.full((len(mean), 1), STD), np.ones(1))
+
+    def _draw(self, where, n_samples, generator):
         offset = torch.randn(n_samples, 1, generator=generator, dtype=torch.float64)
-        return self._latent(encoded)[0] + LATENT_VARIANCE**0.5 * offset
+        noise = torch.randn(n_samples, len(where), generator=generator, dtype=torch.float64)
+        return self._mean(where) + LATENT_VARIANCE**0.5 * offset + NOISE_VARIANCE**0.5 * noise
 
     def _fitted_device(self):
         return torch.device("cpu")
-
-    def _noise_variance(self):
-        return NOISE_VARIANCE
 
     def to_state(self):
         return {}, {"params": self._params_state()}
@@ -138,6 +141,130 @@ def test_values_without_spread_have_scale_one(y, mean):
     np.testing.assert_allclose(model.values_.numpy(), 0.0, atol=1e-15)
 
 
+@pytest.mark.parametrize("quantiles", [[0.5], [0.01, 0.3, 0.975], (), np.array([0.9])], ids=str)
+def test_quantiles_are_those_of_a_normal_distribution(model, quantiles):
+    found = model.predict_quantiles(NEW, quantiles)
+    assert found.shape == (3, len(quantiles))
+    expected = CENTRE[:, None] + STD * Y_SCALE * stats.norm.ppf(np.asarray(quantiles, dtype=float))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_the_ends_of_an_interval_are_quantiles(model):
+    lower, upper = model.predict_interval(NEW, 0.8)
+    np.testing.assert_allclose(np.c_[lower, upper], model.predict_quantiles(NEW, [0.1, 0.9]), rtol=1e-14)
+
+
+@pytest.mark.parametrize("quantiles", [0.5, [0.0], [0.2, 1.0], [-0.1], [np.nan], [[0.5]]], ids=str)
+def test_quantiles_that_are_no_probabilities_are_refused(model, quantiles):
+    with pytest.raises(ValueError, match=r"quantiles: expected probabilities between 0 and 1, got "):
+        model.predict_quantiles(NEW, quantiles)
+
+
+def test_the_predictive_distribution_is_in_the_users_unit(model):
+    predictive = model.predictive(NEW)
+    assert isinstance(predictive, NormalMixture)
+    known = stats.norm(CENTRE, STD * Y_SCALE)
+    y = np.array([12.0, -3.0, 14.0])
+    np.testing.assert_allclose(predictive.mean, CENTRE, rtol=1e-14)
+    np.testing.assert_allclose(predictive.std, STD * Y_SCALE, rtol=1e-14)
+    np.testing.assert_allclose(predictive.cdf(y), known.cdf(y), rtol=1e-12)
+    np.testing.assert_allclose(predictive.quantile(0.3), known.ppf(0.3), rtol=1e-12)
+    grid = np.linspace(-40.0, 60.0, 200_001)[:, None]
+    score = integrate.trapezoid((known.cdf(grid) - (grid >= y)) ** 2, grid[:, 0], axis=0)
+    np.testing.assert_allclose(predictive.crps(y), score, rtol=1e-3)
+
+
+def test_the_predictive_distribution_stays_double_where_results_are_single():
+    predictive = Known().fit(X, Y.astype(np.float32)).predictive(NEW)
+    assert predictive.mean.dtype == predictive.std.dtype == np.float64
+
+
+# Weights and known errors
+
+
+def test_rows_without_weights_and_known_errors_have_none(model):
+    assert model.count_ is None
+    assert model.precision_ is None
+
+
+def test_weights_reach_the_model_and_its_units():
+    weight = np.array([1.0, 3.0, 0.5, 2.0])
+    model = Known().fit(X, Y, weight)
+    mean = np.average(Y, weights=weight)
+    scale = np.average((Y - mean) ** 2, weights=weight) ** 0.5
+    assert (model.y_mean_, model.y_scale_) == (pytest.approx(mean, rel=1e-14), pytest.approx(scale, rel=1e-14))
+    np.testing.assert_allclose(model.values_.numpy(), (Y - mean) / scale, rtol=1e-13)
+    assert model.count_.tolist() == weight.tolist()
+    assert model.count_.dtype == torch.float64
+    assert model.precision_ is None
+
+
+def test_a_weight_of_two_standardises_as_the_row_twice():
+    twice = Known().fit(np.r_[X, X[:1]], np.r_[Y, Y[:1]])
+    weighted = Known().fit(X, Y, sample_weight=[2, 1, 1, 1])
+    assert (weighted.y_mean_, weighted.y_scale_) == pytest.approx((twice.y_mean_, twice.y_scale_), rel=1e-14)
+
+
+def test_known_errors_reach_the_model_in_standardised_units():
+    std = [0.1, 2.0, 5.0**0.5, 40.0]
+    model = Known().fit(X, Y, noise_std=std)
+    np.testing.assert_allclose(model.precision_.numpy(), (Y_SCALE / np.array(std)) ** 2, rtol=1e-14)
+    assert model.count_ is None
+    assert (model.y_mean_, model.y_scale_) == (Y_MEAN, pytest.approx(Y_SCALE))  # errors do not weigh
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [1, 2, 3, 4],
+        np.array([1.0, 2.0, 3.0, 4.0], dtype=np.float32),
+        torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        pd.Series([1, 2, 3, 4], index=[9, 8, 7, 6], dtype="Int64"),
+    ],
+    ids=["list", "float32", "torch", "Series"],
+)
+def test_numbers_a_row_may_be_any_column(given):
+    model = Known().fit(X, Y, given, noise_std=given)
+    assert model.count_.tolist() == [1.0, 2.0, 3.0, 4.0]
+    np.testing.assert_allclose(
+        model.precision_.numpy(), model.y_scale_**2 / np.array([1.0, 4.0, 9.0, 16.0]), rtol=1e-14
+    )
+
+
+def test_weights_given_are_not_changed_and_not_shared():
+    weight = np.array([1.0, 3.0, 0.5, 2.0])
+    model = Known().fit(X, Y, weight)
+    weight[:] = 7.0
+    assert model.count_.tolist() == [1.0, 3.0, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("name", ["sample_weight", "noise_std"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1.0, 2.0, 3.0], r"expected shape \(4,\) as X has rows, got \(3,\)"),
+        (2.0, r"expected shape \(4,\) as X has rows, got \(\)"),
+        (np.ones((4, 1)), r"expected shape \(4,\) as X has rows, got \(4, 1\)"),
+        ([1.0, 0.0, 1.0, 1.0], r"expected finite numbers above 0, got 0.0 at row 1"),
+        ([1.0, 1.0, -2.0, -3.0], r"expected finite numbers above 0, got -2.0 at row 2"),
+        ([np.nan, 1.0, 1.0, 1.0], r"expected finite numbers above 0, got nan at row 0"),
+        ([1.0, 1.0, 1.0, np.inf], r"expected finite numbers above 0, got inf at row 3"),
+        (pd.Series([1, None, 1, 1], dtype="Int64"), r"expected finite numbers above 0, got nan at row 1"),
+    ],
+    ids=["short", "number", "column", "zero", "negative", "nan", "inf", "missing"],
+)
+def test_numbers_a_row_that_do_not_fit_are_refused_by_name(name, given, message):
+    with pytest.raises(ValueError, match=rf"^{name}: {message}"):
+        Known().fit(X, Y, **{name: given})
+
+
+@pytest.mark.parametrize("name", ["sample_weight", "noise_std"])
+@pytest.mark.parametrize("policy", ["sum", "mean", "error"])
+def test_merged_rows_have_no_weights_and_no_known_errors(name, policy):
+    with pytest.raises(ValueError, match=rf'^duplicates: expected "observations" with {name}, got \'{policy}\''):
+        Known(duplicates=policy).fit(X, Y, **{name: np.ones(4)})
+
+
 # Draws
 
 
@@ -194,7 +321,7 @@ def test_another_kind_of_seed_is_refused(bad):
 def test_results_have_the_precision_of_the_values(y, dtype):
     model = Known().fit(X, y)
     results = [*model.predict(NEW, return_std=True), *model.predict_interval(NEW), model.log_prob(NEW, [1.0, 2.0, 3.0])]
-    for result in [*results, model.predict(NEW), model.sample_y(NEW, 2)]:
+    for result in [*results, model.predict(NEW), model.sample_y(NEW, 2), model.predict_quantiles(NEW, [0.2, 0.7])]:
         assert isinstance(result, np.ndarray)
         assert result.dtype == dtype
     np.testing.assert_allclose(results[0], CENTRE, rtol=1e-6)
@@ -222,7 +349,7 @@ def test_columns_are_taken_by_name_whatever_their_order():
     ],
     ids=["missing", "extra", "renamed", "array"],
 )
-@pytest.mark.parametrize("method", ["predict", "predict_interval", "sample_y", "unknown"])
+@pytest.mark.parametrize("method", ["predict", "predictive", "predict_interval", "sample_y", "unknown"])
 def test_other_columns_than_in_training_are_refused(change, method):
     model, other = Known().fit(frame(), Y), change(frame())
     came = list(other.columns) if isinstance(other, pd.DataFrame) else ["mode_0", "mode_1"]
@@ -329,13 +456,15 @@ def test_log_density_refuses_values_that_do_not_match(model, y):
     [
         lambda model: model.predict(X),
         lambda model: model.predict_interval(X),
+        lambda model: model.predict_quantiles(X, [0.5]),
+        lambda model: model.predictive(X),
         lambda model: model.log_prob(X, Y),
         lambda model: model.sample_y(X),
         lambda model: model.score(X, Y),
         lambda model: model.unknown(X),
         lambda model: model.save("never.model"),
     ],
-    ids=["predict", "predict_interval", "log_prob", "sample_y", "score", "unknown", "save"],
+    ids=["predict", "interval", "quantiles", "predictive", "log_prob", "sample_y", "score", "unknown", "save"],
 )
 @pytest.mark.parametrize("failed", [False, True], ids=["before fit", "after a fit that failed"])
 def test_use_before_fit_says_so(use, failed):
@@ -368,8 +497,15 @@ def test_unknown_labels_are_flagged_by_mode_and_row():
 
 @pytest.mark.parametrize(
     "use",
-    [lambda m, t: m.predict(t), lambda m, t: m.predict_interval(t), lambda m, t: m.sample_y(t)],
-    ids=["predict", "predict_interval", "sample_y"],
+    [
+        lambda m, t: m.predict(t),
+        lambda m, t: m.predict_interval(t),
+        lambda m, t: m.predict_quantiles(t, [0.5]),
+        lambda m, t: m.predictive(t),
+        lambda m, t: m.log_prob(t, np.zeros(len(t))),
+        lambda m, t: m.sample_y(t),
+    ],
+    ids=["predict", "interval", "quantiles", "predictive", "log_prob", "sample_y"],
 )
 def test_a_warning_names_mode_and_labels_at_the_line_that_asked(use):
     model = Known().fit(frame(), Y)
@@ -401,7 +537,7 @@ def test_the_policy_for_duplicates_reaches_the_model(policy, values):
 
 
 def test_parameters_are_stored_as_given_and_cloned():
-    axes = [ContinuousAxis("dose", nu=2.5)]
+    axes = [ContinuousAxis("dose", Matern(2.5))]
     model = Known(axes, slope=0.25, device="cpu")
     assert model.get_params()["axes"] is axes
     copy = clone(model.fit(frame(), Y))
@@ -413,7 +549,7 @@ def test_parameters_are_stored_as_given_and_cloned():
 
 
 def test_axes_given_are_those_of_the_fit_and_stay_unfitted():
-    axis = ContinuousAxis("dose", nu=2.5)
+    axis = ContinuousAxis("dose", Matern(2.5))
     model = Known([axis]).fit(frame(), Y)
-    assert model.axes_[0].nu == 2.5
+    assert model.axes_[0].kernel.nu == 2.5
     assert not axis.is_fitted

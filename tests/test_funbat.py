@@ -24,10 +24,11 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 import probtensor as pt
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.inference import message_passing
+from probtensor.likelihoods import Poisson, StudentT
 from probtensor.models import FunBaT, functional_tucker
 from probtensor.resources import MANY_ROWS, threads_for
 
-QUICK = {"rank": 2, "n_init": 1, "tol": 10.0, "random_state": 0, "progress": False}
+QUICK = {"rank": 2, "n_init": 1, "tol": 10.0, "random_state": 0, "progress": False, "relevance_prior": (1.0, 0.01)}
 FORMS = ("cp", "tucker")
 EFFECT = {"a": -1.0, "b": 0.0, "c": 1.0, "d": 2.0}
 
@@ -292,11 +293,11 @@ def test_a_table_of_datetimes_floats_strings_categories_booleans_and_integers_is
 
 def test_integers_can_be_continuous_and_floats_categorical():
     X = np.column_stack([np.arange(30) % 6, (np.arange(30) % 5) / 2])
-    axes = [pt.ContinuousAxis("mode_0", nu=2.5), pt.CategoricalAxis("mode_1")]
+    axes = [pt.ContinuousAxis("mode_0", pt.Matern(2.5)), pt.CategoricalAxis("mode_1")]
     model = FunBaT(form="cp", axes=axes, **QUICK).fit(X, X[:, 0] + X[:, 1])
     assert list(model.hyperparameters_["mode_0"]) == ["lengthscale", "variance"]
     assert list(model.hyperparameters_["mode_1"]) == ["variance"]
-    assert model.axes_[0].nu == 2.5
+    assert model.axes_[0].kernel.nu == 2.5
     assert np.isfinite(model.predict([[2.5, 1.0]])).all()
 
 
@@ -379,7 +380,7 @@ def test_the_cpu_can_be_asked_for():
         ({"rank": True}, "rank: expected integers of at least 1, got True"),
         ({"rank": (1, 2, 3)}, "rank: expected one number or 2, one for each mode, got (1, 2, 3)"),
         ({"rank": "2"}, "rank: expected one number or 2, one for each mode, got '2'"),
-        ({"rank": 5, "form": "tucker"}, "rank: expected at most 4 for mode 'cell', which has 4 distinct coordinates, got 5"),
+        ({"rank": 5, "form": "tucker"}, "rank: expected at most 4 for mode 'cell', which has 4 distinct coordinates"),
         ({"rank": (2, 1), "form": "cp"}, 'rank: expected the same rank for all modes with form="cp", got (2, 1)'),
         ({"damping": 1.0}, "damping: expected a number in [0, 1), got 1.0"),
         ({"damping": -0.1}, "damping: expected a number in [0, 1), got -0.1"),
@@ -396,7 +397,7 @@ def test_the_cpu_can_be_asked_for():
         ({"likelihood": "cauchy"}, "likelihood: expected a Likelihood or one of ['gaussian', 'student-t', "),
         ({"likelihood": "poisson"}, "y: expected"),
         ({"calibration": 1.0}, 'calibration: expected "auto" or a share in [0, 1), got 1.0'),
-        ({"calibration": "no"}, 'calibration: expected "auto" or a share in [0, 1), got \'no\''),
+        ({"calibration": "no"}, "calibration: expected \"auto\" or a share in [0, 1), got 'no'"),
         ({"relevance_prior": (-1.0, 0.0)}, "relevance_prior: expected two numbers >= 0 (shape, rate), got (-1.0, 0.0)"),
         ({"noise_prior": (1.0, 0.0)}, "noise_prior: expected two positive numbers (shape, rate), got (1.0, 0.0)"),
         ({"noise_prior": (1.0,)}, "noise_prior: expected two positive numbers (shape, rate), got (1.0,)"),
@@ -522,9 +523,10 @@ def test_a_saved_model_is_the_same_model(case, tmp_path):
 def test_parameters_of_numpy_can_be_saved(tmp_path):
     rng = np.random.default_rng(0)
     params = {"rank": np.int64(1), "tol": np.float64(10.0), "damping": np.float32(0.0), "random_state": rng}
-    FunBaT(form="cp", axes=[pt.ContinuousAxis("time", nu=0.5)], **QUICK | params).fit(X, Y).save(tmp_path / "a.model")
+    axes = [pt.ContinuousAxis("time", pt.Matern(0.5))]
+    FunBaT(form="cp", axes=axes, **QUICK | params).fit(X, Y).save(tmp_path / "a.model")
     loaded = pt.load(tmp_path / "a.model")
-    assert (loaded.rank, loaded.tol, loaded.random_state, loaded.axes[0].nu) == (1, 10.0, None, 0.5)
+    assert (loaded.rank, loaded.tol, loaded.random_state, loaded.axes[0].kernel.nu) == (1, 10.0, None, 0.5)
     assert loaded.fit(X, Y).score(X, Y) > 0.5  # and it can be fitted anew
 
 
@@ -549,7 +551,7 @@ def test_the_default_parameters_are_stored_as_they_are():
         "n_init": 3,
         "damping": 0.0,
         "learn_hyperparameters": True,
-        "relevance_prior": (1.0, 0.01),
+        "relevance_prior": (1.0, 0.001),
         "noise_prior": (1.0, 1.0),
         "duplicates": "observations",
         "device": "auto",
@@ -665,3 +667,305 @@ def test_a_fit_leaves_the_thread_count_as_it_was(monkeypatch: pytest.MonkeyPatch
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+# Likelihoods
+
+
+def made_of(likelihood: str, n: int = 160, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
+    """Values of the kind that a likelihood takes, many cells in several rows."""
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame({"time": rng.integers(0, 10, n) / 2, "cell": rng.choice(list(EFFECT), n)})
+    f = np.sin(frame["time"]) + 0.7 * frame["cell"].map(EFFECT).to_numpy()
+    match likelihood:
+        case "poisson":
+            return frame, rng.poisson(np.exp(f)).astype(float)
+        case "negative-binomial":
+            return frame, rng.poisson(np.exp(f) * rng.gamma(2.0, 0.5, n)).astype(float)
+        case "bernoulli":
+            return frame, (rng.random(n) < 1 / (1 + np.exp(-3 * f))).astype(float)
+    return frame, (f + 0.1 * rng.standard_t(4, n)).to_numpy()
+
+
+LIKELIHOODS = {
+    "gaussian": "gaussian",
+    "gaussian without nugget": "gaussian",
+    "student-t": "student-t",
+    "student-t without nugget": "student-t",
+    "learned dof": StudentT(),
+    "infinite dof": StudentT(dof=math.inf),
+    "poisson": "poisson",
+    "negative-binomial": "negative-binomial",
+    "bernoulli": "bernoulli",
+    "Poisson()": Poisson(),
+}
+COUNTS = ("poisson", "negative-binomial", "Poisson()")
+
+
+class Fit(NamedTuple):
+    name: str
+    model: FunBaT
+    X: pd.DataFrame
+    y: np.ndarray
+
+
+@pytest.fixture(scope="module", params=LIKELIHOODS)
+def any_likelihood(request: pytest.FixtureRequest) -> Fit:
+    name = request.param
+    X, y = made_of("poisson" if name == "Poisson()" else name)
+    settings = QUICK | {"rank": 1, "nugget": "without nugget" not in name}
+    return Fit(name, FunBaT(likelihood=LIKELIHOODS[name], **settings).fit(X, y), X, y)
+
+
+def test_every_likelihood_fits_predicts_and_samples(any_likelihood):
+    _, model, X, y = any_likelihood
+    mean, std = model.predict(X, return_std=True)
+    assert np.isfinite(mean).all()
+    assert (std > 0).all()
+    assert np.corrcoef(mean, y)[0, 1] > 0.6
+    lower, upper = model.predict_interval(X, 0.9)
+    assert (lower <= upper).all()
+    assert 0.8 <= pt.metrics.coverage(y, lower, upper) <= 1.0
+    quantiles = model.predict_quantiles(X, [0.1, 0.5, 0.9])
+    assert (np.diff(quantiles, axis=1) >= 0).all()
+    drawn = model.sample_y(X[:20], 400, random_state=0)
+    assert drawn.shape == (20, 400)
+    np.testing.assert_allclose(drawn.mean(axis=1), mean[:20], atol=5 * (std[:20] / 20).max())
+    assert np.isfinite(model.log_prob(X, y)).all()
+    assert model.log_prob(X, y).mean() > model.log_prob(X, np.roll(y, 7)).mean()
+    assert np.isfinite(model.bound_history_).all()
+
+
+def test_predictions_are_of_the_kind_of_the_values(any_likelihood):
+    name, model, X, _ = any_likelihood
+    mean, drawn = model.predict(X), model.sample_y(X, 20)
+    if name in COUNTS:
+        assert (mean > 0).all()
+        assert (drawn == drawn.round()).all()
+        assert drawn.min() >= 0
+        assert model.predict_interval(X)[0].min() >= 0
+    elif name == "bernoulli":
+        assert ((mean > 0) & (mean < 1)).all()
+        assert set(np.unique(drawn)) == {0.0, 1.0}
+        np.testing.assert_allclose(model.predict(X, return_std=True)[1], np.sqrt(mean * (1 - mean)), rtol=1e-12)
+    else:
+        assert (model.y_mean_, model.y_scale_) != (0.0, 1.0)
+        assert model.noise_std_ > 0
+        assert (model.nugget_std_ > 0) == ("without nugget" not in name)
+        return
+    assert (model.y_mean_, model.y_scale_) == (0.0, 1.0)
+    with pytest.raises(AttributeError, match="has no noise variance"):
+        _ = model.noise_std_
+
+
+def test_a_saved_model_of_every_likelihood_gives_the_same_bits(any_likelihood, tmp_path):
+    _, model, X, y = any_likelihood
+    model.save(tmp_path / "a.model")
+    loaded = pt.load(tmp_path / "a.model")
+    new = pd.concat([X, pd.DataFrame({"time": [0.25, 9.0], "cell": ["a", "d"]})])
+
+    def results(fitted: FunBaT) -> list[np.ndarray]:
+        numbers = [*fitted.predict(new, return_std=True), *fitted.predict_interval(new), fitted.sample_y(new, 3)]
+        numbers += [fitted.predict_quantiles(new, [0.01, 0.7]), fitted.log_prob(X, y), fitted.relevance_]
+        return [*numbers, *fitted.factor("time"), *fitted.main_effect("cell", at=["a", "b"])]
+
+    for a, b in zip(results(loaded), results(model), strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert loaded.likelihood == model.likelihood
+    assert loaded.phase_starts_ == model.phase_starts_
+    loaded.save(tmp_path / "b.model")
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    assert np.array_equal(loaded.fit(X, y).predict(new), model.predict(new))  # and it can be fitted anew
+
+
+def test_a_calibrated_model_is_saved_with_its_calibration(tmp_path):
+    X, y = made_of("student-t", n=2100)
+    model = FunBaT(**QUICK | {"rank": 1}).fit(X, y)
+    assert model._observation.calibration
+    model.save(tmp_path / "model")
+    loaded = pt.load(tmp_path / "model")
+    for a, b in zip(loaded.predict_interval(X), model.predict_interval(X), strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert loaded.sample_y(X[:9], 5).tobytes() == model.sample_y(X[:9], 5).tobytes()
+
+
+def test_heavy_tails_recover_what_outliers_hide_from_a_gaussian():
+    rng = np.random.default_rng(3)
+    X = pd.DataFrame({"time": rng.integers(0, 25, 500) / 2, "cell": rng.choice(list(EFFECT), 500)})
+    clean = np.sin(X["time"]) * (1 + 0.5 * X["cell"].map(EFFECT)) + X["cell"].map(EFFECT)
+    y = clean + 0.2 * rng.normal(size=500) + np.where(rng.random(500) < 0.08, rng.normal(size=500) * 15, 0.0)
+    error = {}
+    for likelihood in ("gaussian", "student-t"):
+        settings = QUICK | {"n_init": 3, "tol": 1e-3, "calibration": 0, "nugget": False, "relevance_prior": (0.0, 0.0)}
+        model = FunBaT(likelihood=likelihood, **settings).fit(X, y)
+        error[likelihood] = pt.metrics.rmse(clean, model.predict(X))
+    assert error["student-t"] < 0.15
+    assert error["student-t"] < 0.4 * error["gaussian"]
+
+
+def repeated_table(seed: int = 0) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
+    """Cells of large residuals, each in eight rows of little noise; and cells that were left out."""
+    rng = np.random.default_rng(seed)
+    grid = pd.MultiIndex.from_product([np.arange(12) / 2, list("abcdef")], names=["time", "cell"]).to_frame(index=False)
+    grid = grid.sample(frac=1.0, random_state=seed).reset_index(drop=True)
+    level = np.sin(grid["time"]) + 0.4 * rng.normal(size=len(grid))
+    seen, new = grid[:56], grid[56:]
+    X = seen.loc[seen.index.repeat(8)].reset_index(drop=True)
+    y = level[:56].repeat(8).to_numpy() + 0.1 * rng.normal(size=len(X))
+    return X, y, new
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "student-t"])
+def test_a_seen_cell_has_a_narrower_interval_than_a_new_one(likelihood):
+    X, y, new = repeated_table()
+    model = FunBaT(likelihood=likelihood, **QUICK | {"rank": 1, "tol": 1e-3}).fit(X, y)
+    assert model.noise_std_ == pytest.approx(0.1, rel=0.4)
+    assert model.nugget_std_ > 2 * model.noise_std_
+    seen = X.drop_duplicates()
+    widths = [np.diff(model.predict_interval(cells), axis=0)[0] for cells in (seen, new)]
+    assert np.median(widths[0]) < 0.6 * np.median(widths[1])
+    assert widths[0].max() < widths[1].min() or likelihood == "student-t"
+    # What its rows agree on is predicted, not smoothed away.
+    level = pd.Series(y).groupby([X["time"], X["cell"]]).mean()
+    known = level.loc[list(seen.itertuples(index=False, name=None))].to_numpy()
+    assert pt.metrics.rmse(known, model.predict(seen)) < 0.1
+    without = FunBaT(likelihood=likelihood, nugget=False, **QUICK | {"rank": 1, "tol": 1e-3}).fit(X, y)
+    assert pt.metrics.rmse(known, without.predict(seen)) > 0.15
+    assert without.nugget_std_ == 0.0
+
+
+def test_rows_that_are_all_of_new_cells_have_no_residual_of_cells():
+    X, y = [[0.5 * i, "abc"[i % 3]] for i in range(40)], np.sin(0.5 * np.arange(40))
+    assert FunBaT(**QUICK | {"rank": 1}).fit(X, y).nugget_std_ == 0.0
+
+
+# Relevance
+
+
+def planted(noise: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    X = np.column_stack([rng.integers(0, 20, 600) / 2, rng.integers(0, 20, 600) / 2])
+    y = 3 * np.sin(X[:, 0]) * np.cos(X[:, 1]) + 2 * np.cos(0.5 * X[:, 0]) * np.sin(1.5 * X[:, 1])
+    return X, y + noise * rng.normal(size=600)
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "student-t"])
+def test_a_planted_rank_of_two_is_found_among_six(likelihood):
+    X, y = planted()
+    settings = QUICK | {"rank": 6, "tol": 1e-3, "calibration": 0, "nugget": False}
+    del settings["relevance_prior"]  # the one that users get
+    model = FunBaT(likelihood=likelihood, **settings).fit(X, y)
+    assert model.effective_rank_ == 2
+    assert model.relevance_.shape == (model.rank_[0],)
+    assert (np.diff(model.relevance_) <= 0).all()
+    # 3 sin cos and 2 cos sin have root mean squares of about 1.5 and 1; the main effects may take a part.
+    np.testing.assert_allclose(model.relevance_[:2], [1.5, 1.0], rtol=0.35)
+    assert (model.relevance_[2:] < 0.01 * model.y_scale_).all()
+
+
+def test_relevance_is_the_root_mean_square_of_each_product_of_functions(cp):
+    cells = X.drop_duplicates()  # entries of the tensor: a cell in several rows is one
+    total = np.ones((len(cells), cp.rank_[0]))
+    for name in ("time", "cell"):
+        mean, std = cp.factor(name, at=cells[name])
+        total *= mean**2 + std**2
+    expected = np.sort(np.sqrt(total.mean(axis=0)))[::-1] * cp.y_scale_
+    np.testing.assert_allclose(cp.relevance_, expected, rtol=1e-7)
+
+
+def test_tucker_has_no_relevance(tucker):
+    assert tucker.relevance_.shape == (0,)
+    assert tucker.effective_rank_ == 0
+
+
+# Weights and known errors
+
+
+@pytest.mark.parametrize("name", ["sample_weight", "noise_std"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 0.0])
+def test_a_weight_that_is_no_positive_number_is_refused_by_name(name, bad):
+    given = np.ones(len(Y))
+    given[[5, 9]] = bad
+    with pytest.raises(ValueError, match=rf"^{name}: expected finite numbers above 0, got {bad} at row 5"):
+        FunBaT(**QUICK).fit(X, Y, **{name: given})
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", "negative-binomial", "bernoulli"])
+def test_counts_and_binary_values_have_no_known_errors(likelihood):
+    X, y = made_of(likelihood)
+    with pytest.raises(ValueError, match=r'^noise_std: expected None unless values are "gaussian" or "student-t", got'):
+        FunBaT(likelihood=likelihood, **QUICK).fit(X, y, noise_std=np.ones(len(y)))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "bad", "message"),
+    [
+        ("poisson", 1.5, r"y: expected counts \(whole numbers from 0\), got 1.5"),
+        ("negative-binomial", -1.0, r"y: expected counts \(whole numbers from 0\), got -1"),
+        ("bernoulli", 2.0, r"y: expected values 0 and 1, got 2"),
+    ],
+)
+def test_values_that_a_likelihood_cannot_give_are_refused(likelihood, bad, message):
+    X, y = made_of(likelihood)
+    y[3] = bad
+    with pytest.raises(ValueError, match=rf"^{message} \(1 such of 160\)"):
+        FunBaT(likelihood=likelihood, **QUICK).fit(X, y)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "nugget"),
+    [
+        ("gaussian", False),
+        ("gaussian", True),
+        ("student-t", True),
+        pytest.param("poisson", False, marks=pytest.mark.xfail(reason="the offset of counts is not weighted")),
+    ],
+)
+def test_a_row_of_weight_two_is_the_row_twice(likelihood, nugget):
+    X, y = made_of(likelihood, n=60)
+    weight = np.ones(60)
+    weight[[3, 8]] = 2.0
+    settings = QUICK | {"rank": 1, "calibration": 0, "nugget": nugget}
+    if nugget:  # also where no cell would be in several rows without the weights
+        X = pd.concat([X, X[:4]], ignore_index=True)
+        y, weight = np.r_[y, y[:4]], np.r_[weight, np.ones(4)]
+    again = np.r_[np.arange(len(y)), 3, 8]
+    weighted = FunBaT(likelihood=likelihood, **settings).fit(X, y, weight)
+    twice = FunBaT(likelihood=likelihood, **settings).fit(X.iloc[again].reset_index(drop=True), y[again])
+    np.testing.assert_allclose(weighted.bound_history_, twice.bound_history_, rtol=1e-6)
+    for a, b in zip(weighted.predict(NEW, return_std=True), twice.predict(NEW, return_std=True), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_known_errors_make_a_dense_gaussian_process():
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(0.0, 10.0, 25))
+    x[7] = x[6]  # a coordinate twice, of different precision
+    std = rng.uniform(0.05, 0.6, 25)
+    y = 20.0 + np.sin(x) + std * rng.normal(size=25)
+    settings = QUICK | {"rank": 1, "learn_hyperparameters": False, "nugget": False, "likelihood": "gaussian"}
+    model = FunBaT(**settings).fit(x[:, None], y, noise_std=std)
+    length = model.hyperparameters_["mode_0"]["lengthscale"][0]
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        scaled = math.sqrt(3.0) * np.abs(a[:, None] - b[None, :]) / length
+        return model.y_scale_**2 * (1 + scaled) * np.exp(-scaled)
+
+    at = np.array([-1.0, x[0], 3.3, x[6], 12.0])
+    gram = np.linalg.inv(kernel(x, x) + np.diag(std**2))
+    cross = kernel(at, x)
+    mean, deviation = model.predict(at[:, None], return_std=True)
+    np.testing.assert_allclose(mean, model.y_mean_ + cross @ gram @ (y - model.y_mean_), rtol=1e-8)
+    latent = model.y_scale_**2 - np.einsum("ij,jk,ik->i", cross, gram, cross)
+    np.testing.assert_allclose(deviation**2, latent + np.mean(std**2), rtol=1e-7)  # a new row: a typical error
+    assert model.noise_std_ == pytest.approx(np.sqrt(np.mean(std**2)))
+
+
+def test_precise_rows_outweigh_others():
+    X, y = (
+        [[0.5, "a"], [0.5, "a"], [1.5, "b"], [2.5, "b"], [0.5, "b"], [1.5, "a"]] * 3,
+        np.tile([1.0, 3, 0, 0, 0, 0], 3),
+    )
+    std = np.tile([0.01, 1.0, 0.5, 0.5, 0.5, 0.5], 3)
+    model = FunBaT(**QUICK | {"rank": 1}).fit(X, y, noise_std=std)
+    assert model.predict([[0.5, "a"]])[0] == pytest.approx(1.0, abs=0.1)

@@ -1,21 +1,28 @@
 """Updates, bound and predictions of the functional tensor model against row-by-row, dense mathematics."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import integrate, stats
 from torch import Tensor
 from torch.distributions import Gamma as TorchGamma
 from torch.distributions import kl_divergence
 
+from probtensor.cells import merge_rows, single_rows
 from probtensor.contract import unpack
 from probtensor.gaussian import Gamma
 from probtensor.inference.kalman import Sites
+from probtensor.inference.maximize import maximize
+from probtensor.kernels import Matern
+from probtensor.likelihoods import Bernoulli, Entries, Likelihood, NegativeBinomial, Poisson, StudentT
 from probtensor.models import FunBaT
 from probtensor.models.functional_state import Rows, State
-from probtensor.models.functional_tucker import FunctionalTucker
+from probtensor.models.functional_table import Table, table_rows
+from probtensor.models.functional_tucker import LIGHT_TAILS, FunctionalTucker
 from probtensor.models.latent_functions import GaussianProcess, IndependentRows
 from tests.reference import (
     F64,
@@ -53,7 +60,7 @@ def build(
     functions = []
     for size, nu in zip(SIZES[:K], NUS[:K], strict=True):
         steps = torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=F64) + 0.3
-        functions.append(IndependentRows(size, LIKE) if nu is None else GaussianProcess(steps.cumsum(0), nu))
+        functions.append(IndependentRows(size, LIKE) if nu is None else GaussianProcess(steps.cumsum(0), Matern(nu)))
     noise_prior = Gamma(f64(1.3), f64(0.8))
     return FunctionalTucker(tuple(functions), tuple(map(torch.tensor, free)), form, noise_prior, **options)
 
@@ -102,7 +109,7 @@ def mode_prior(model: FunctionalTucker, state: State, mode: int) -> Tensor:
     """Prior covariance (T, F, T, F) of the mode's latent functions."""
     f, hyper = model.functions[mode], state.factors[mode].log_hyperparameters
     if isinstance(f, GaussianProcess):
-        return dense_prior(f.nu, f.coordinates, *hyper.exp())
+        return dense_prior(f.kernel.nu, f.coordinates, *hyper.exp())
     prior = torch.zeros(f.size, hyper.shape[1], f.size, hyper.shape[1], dtype=F64)
     for i in range(f.size):
         prior[i, :, i, :] = torch.diag(hyper[0].exp())
@@ -243,7 +250,9 @@ def test_the_bound_never_falls(form: str, K: int, main_effects: bool):
 def test_hyperparameters_start_inside_their_bounds(size: int):
     # The optimiser moves a start from outside onto the bound, and the evidence bound could fall.
     model = build("cp", 2, main_effects=True)
-    model = replace(model, functions=(GaussianProcess(torch.arange(size, dtype=F64), 1.5), IndependentRows(4, LIKE)))
+    model = replace(
+        model, functions=(GaussianProcess(torch.arange(size, dtype=F64), Matern(1.5)), IndependentRows(4, LIKE))
+    )
     rows = Rows(torch.zeros(2, 3, dtype=torch.int64), f64([1.0, 2.0, 3.0]))
     for f, factor in zip(model.functions, begin(model, rows).factors, strict=True):
         lower, upper = f.bounds(3)
@@ -252,7 +261,10 @@ def test_hyperparameters_start_inside_their_bounds(size: int):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_bound_never_falls_on_axes_of_few_coordinates(size: int):
-    functions = (GaussianProcess(torch.arange(size, dtype=F64), 1.5), GaussianProcess(torch.arange(6, dtype=F64), 0.5))
+    functions = (
+        GaussianProcess(torch.arange(size, dtype=F64), Matern(1.5)),
+        GaussianProcess(torch.arange(6, dtype=F64), Matern(0.5)),
+    )
     model = replace(build("cp", 2, main_effects=True), functions=functions)
     generator = torch.Generator().manual_seed(size)
     positions = torch.stack([torch.randint(f.size, (50,), generator=generator) for f in functions])
@@ -291,6 +303,272 @@ def test_damped_messages_are_mixtures_of_old_and_new():
     assert close(mixed_p, 0.3 * old_p + 0.7 * new_p, 1e-9)
     shifts = [p @ c.mean for p, c in zip((old_p, new_p, mixed_p), cores, strict=True)]
     assert close(shifts[2], 0.3 * shifts[0] + 0.7 * shifts[1], 1e-9)
+
+
+# --- other likelihoods ------------------------------------------------------------------------------------------------
+
+HEAVY = StudentT(dof=4.0, nugget=True)
+
+
+def cell_rows(K: int, n: int, seed: int = 0) -> Rows:
+    """Rows of cells, most of them repeated, with relative precisions and a few outliers."""
+    rows = make_rows(K, n, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    values = rows.values.clone()
+    values[:: max(n // 5, 1)] += 6.0
+    precision = 0.5 + torch.rand(n, generator=generator, dtype=F64)
+    cells = merge_rows(rows.positions.T, values, None, precision)
+    return Rows(cells.positions.T.contiguous(), cells.entries.value, None, cells.entries)
+
+
+def plain_rows(rows: Rows, values: Tensor, count: Tensor | None = None, precision: Tensor | None = None) -> Rows:
+    return Rows(rows.positions, values, None, single_rows(values, count, precision))
+
+
+def begun(model: FunctionalTucker, rows: Rows, seed: int = 0) -> tuple[Rows, State]:
+    state = begin(model, rows, seed)
+    return model.begin(state, rows), state
+
+
+def dense_student_log_prob(log_parameters: Tensor, entries: Entries, mean: Tensor, second: Tensor, nu: float) -> float:
+    """Cell after cell, the logarithm of an integral over its weight: ``E_q(f)`` inside the exponent, w integrated out.
+
+    ``max_q(w) E log p(y, w | f) - log q(w)`` is ``log int p(w) exp E_q(f) log p(y | w, f) dw``.
+    """
+    noise, nugget = (float(x) for x in log_parameters.exp()[:2])
+    total = 0.0
+    for n, W, value, scatter, log_r, m, ff in zip(*(x.tolist() for x in (*entries, mean, second)), strict=True):
+        v = nugget + noise / W
+        distance = scatter / noise + (value**2 - 2 * value * m + ff) / v
+        log_det = (n - 1) * math.log(noise) + math.log(W) + math.log(v) - log_r
+
+        def integrand(w: float, n=n, distance=distance) -> float:
+            return stats.gamma.pdf(w, nu / 2, scale=2 / nu) * w ** (n / 2) * math.exp(-0.5 * w * distance)
+
+        peak = (nu + n) / (nu + distance)  # pieces around the peak, so that none is missed
+        inner = sum(
+            integrate.quad(integrand, a * peak, b * peak, epsabs=0, epsrel=1e-11)[0]
+            for a, b in ((0, 0.3), (0.3, 1), (1, 3), (3, 30))
+        )
+        total += math.log(inner) - 0.5 * (n * math.log(2 * math.pi) + log_det)
+    return total
+
+
+LIKELIHOOD_MODELS = [(form, K, K > 1) for form in ("cp", "tucker") for K in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("form", "K", "main_effects"), LIKELIHOOD_MODELS)
+def test_the_bound_with_heavy_tails_equals_the_dense_expectation(form: str, K: int, main_effects: bool):
+    model = build(form, K, main_effects=main_effects, likelihood=HEAVY, log_scale=0.7, relevance_prior=(1.0, 0.01))
+    rows, state = begun(model, cell_rows(K, 14))
+    state, _ = sweeps(model, rows, state, LIGHT_TAILS + 3)
+    core, covariance = dense_core(model, state)
+    means, seconds = dense_moments(state)
+    at = [[int(p) for p in position] for position in rows.positions.T]
+    f = f64([entry(core, [m[i] for m, i in zip(means, row, strict=True)]) for row in at])
+    ff = f64([entry_second(core, covariance, [s[i] for s, i in zip(seconds, row, strict=True)]) for row in at])
+    expected = dense_student_log_prob(state.log_parameters, rows.entries, f, ff, 4.0) - 14 * 0.7
+    for mode, factor in enumerate(state.factors):
+        prior = mode_prior(model, state, mode)
+        mean, joint, _ = dense_posterior(prior, *factor.sites)
+        expected -= float(dense_kl(mean, joint, prior))
+        variance = factor.log_hyperparameters[-1].exp()
+        expected -= float((variance.log() + 0.01 / variance).sum())  # Gamma(1, 0.01) on one over it, and its Jacobian
+    if state.core is not None:
+        expected -= float(dense_kl(*state.core, torch.eye(len(state.core.mean), dtype=F64)))
+    assert float(state.n_rows) == 14
+    assert float(model.bound(state)) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize(("form", "K", "main_effects"), LIKELIHOOD_MODELS)
+@pytest.mark.parametrize("dof", [4.0, None], ids=["dof 4", "learned"])
+def test_the_bound_never_falls_within_a_phase(form: str, K: int, main_effects: bool, dof: float | None):
+    likelihood = replace(HEAVY, dof=dof)
+    model = build(form, K, main_effects=main_effects, likelihood=likelihood, relevance_prior=(1.0, 0.01))
+    rows, state = begun(model, cell_rows(K, 60, seed=K), seed=K)
+    end, bounds = sweeps(model, rows, state, LIGHT_TAILS + 12)
+    for phase in (bounds[:LIGHT_TAILS], bounds[LIGHT_TAILS:]):
+        changes = np.diff(phase)
+        assert (changes >= -1e-9 * max(abs(bounds[-1]), 60)).all(), changes.min()
+    assert bounds[LIGHT_TAILS - 1] > bounds[0]
+    assert (end.log_parameters != state.log_parameters).all()
+
+
+def test_moments_at_the_rows_are_those_of_the_entries(fitted):
+    model, rows, state = fitted
+    core, covariance = dense_core(model, state)
+    means, seconds = dense_moments(state)
+    found_mean, found_variance = replace(model, offset=0.6).at_rows(state, rows)
+    for n, row in enumerate(rows.positions.T.tolist()):
+        f = entry(core, [m[i] for m, i in zip(means, row, strict=True)])
+        ff = entry_second(core, covariance, [s[i] for s, i in zip(seconds, row, strict=True)])
+        assert float(found_mean[n]) == pytest.approx(f + 0.6, rel=1e-10)
+        assert float(found_variance[n]) == pytest.approx(ff - f**2, rel=1e-8, abs=1e-12)
+
+
+def test_heavy_tails_wait_and_keep_their_parameters_in_place():
+    model = build("cp", 2, main_effects=True, likelihood=StudentT())
+    assert model.likelihood_at(0) == model.likelihood_at(LIGHT_TAILS - 1) == StudentT().light_tailed()
+    assert model.likelihood_at(LIGHT_TAILS) == StudentT()
+    rows, state = begun(model, cell_rows(2, 40))
+    light, _ = sweeps(model, rows, state, LIGHT_TAILS)
+    assert torch.equal(light.log_parameters[-1], state.log_parameters[-1])  # the dof rests
+    heavy, _ = sweeps(model, model.begin(light, rows), light, 2)
+    assert not torch.equal(heavy.log_parameters[-1], state.log_parameters[-1])
+
+
+def dense_elbo(prior: Tensor, offset: float, log_prob: Callable[[Tensor], Tensor], at: Tensor) -> Callable:
+    """``(mean (T,), log lambda (T,)) -> ELBO`` of a Gaussian with precision ``prior^-1 + diag(lambda)``.
+
+    The best Gaussian has this form (Opper and Archambeau 2009). `log_prob` gives (n, nodes) at (n, nodes) of f, and
+    Gauss-Hermite nodes the expectations.
+    """
+    z, weights = (f64(x) for x in np.polynomial.hermite_e.hermegauss(60))
+    weights = weights / weights.sum()
+    inverse = torch.linalg.inv(prior)
+
+    def elbo(mean: Tensor, log_lambda: Tensor) -> tuple[Tensor, Tensor]:
+        covariance = torch.linalg.inv(inverse + torch.diag(log_lambda.exp()))
+        f = offset + mean[at, None] + covariance.diagonal()[at, None].sqrt() * z
+        return (log_prob(f) @ weights).sum() - dense_kl(mean, covariance, prior), covariance
+
+    return elbo
+
+
+def poisson_log_prob(y: Tensor, f: Tensor) -> Tensor:
+    return y[:, None] * f - f.exp() - torch.lgamma(y[:, None] + 1)
+
+
+def bernoulli_log_prob(y: Tensor, f: Tensor) -> Tensor:
+    return torch.nn.functional.logsigmoid((2 * y[:, None] - 1) * f)
+
+
+COUNTS = f64([3.0, 0.0, 1.0, 7.0, 2.0, 2.0, 12.0, 0.0])
+BINARY = f64([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+SIMPLE = [(Poisson(), COUNTS, poisson_log_prob, 0.9), (Bernoulli(), BINARY, bernoulli_log_prob, -0.4)]
+SIMPLE_IDS = ["poisson", "bernoulli"]
+
+
+@pytest.mark.parametrize(("likelihood", "y", "log_prob", "offset"), SIMPLE, ids=SIMPLE_IDS)
+def test_counts_and_binary_values_reach_the_best_gaussian(likelihood, y, log_prob, offset):
+    model = build("cp", 1, main_effects=False, ranks=(1,), learn=False, likelihood=likelihood, offset=offset)
+    at = torch.tensor([0, 0, 1, 3, 2, 4, 3, 0])  # of coordinates 0 to 4, some in several rows
+    rows, state = begun(model, plain_rows(Rows(at[None], y), y))
+    state, bounds = sweeps(model, rows, state, 150)
+    T = SIZES[0]
+    prior = mode_prior(model, state, 0).reshape(T, T)
+    elbo = dense_elbo(prior, offset, lambda f: log_prob(y, f), at)
+
+    def objective(x: Tensor) -> Tensor:
+        return elbo(*x)[0]
+
+    start = torch.zeros(2, T, dtype=F64)
+    far = torch.full_like(start, 15.0)
+    best = maximize(objective, start, torch.stack([-far, far]), 2000)
+    value, covariance = elbo(*best)
+    assert bounds[-1] == pytest.approx(float(value), abs=1e-5)
+    assert close(state.factors[0].mean[:, 0], best[0], 1e-3)
+    assert close(unpack(state.factors[0].second)[:, 0, 0] - best[0] ** 2, covariance.diagonal(), 1e-2)
+    # At what the sweeps found the dense bound is theirs, and has no slope.
+    sites = state.factors[0].sites.precision[:, 0, 0]
+    found = torch.stack([state.factors[0].mean[:, 0], sites.log()]).requires_grad_()
+    value, _ = elbo(*found)
+    (slope,) = torch.autograd.grad(value, found)
+    assert float(value.detach()) == pytest.approx(bounds[-1], abs=1e-7)
+    assert float(slope.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("likelihood", "y", "log_prob", "offset"), SIMPLE, ids=SIMPLE_IDS)
+def test_the_bound_is_below_the_evidence_and_near_it(likelihood, y, log_prob, offset):
+    # One label: the evidence is a one-dimensional integral.
+    functions = (IndependentRows(1, LIKE),)
+    model = replace(
+        build("cp", 1, main_effects=False, ranks=(1,), learn=False, likelihood=likelihood, offset=offset),
+        functions=functions,
+    )
+    rows, state = begun(model, plain_rows(Rows(torch.zeros(1, len(y), dtype=torch.int64), y), y))
+    state, bounds = sweeps(model, rows, state, 100)
+    grid = torch.linspace(-8, 8, 8001, dtype=F64)
+    log_joint = log_prob(y, (offset + grid).expand(len(y), -1)).sum(0) - 0.5 * grid**2 - 0.5 * math.log(2 * math.pi)
+    log_evidence = float(torch.logsumexp(log_joint, 0)) + math.log(16 / 8000)
+    assert log_evidence - 0.02 < bounds[-1] < log_evidence
+    density = torch.softmax(log_joint, 0)
+    mean = float(density @ grid)
+    assert float(state.factors[0].mean) == pytest.approx(mean, abs=0.03)
+    std = math.sqrt(float(density @ (grid - mean) ** 2))
+    assert float(state.factors[0].second) - mean**2 == pytest.approx(std**2, rel=0.1)
+
+
+@pytest.mark.parametrize("likelihood", [Poisson(), NegativeBinomial(), Bernoulli()], ids=lambda x: x.name)
+@pytest.mark.parametrize(("form", "K"), [("cp", 2), ("tucker", 3)])
+def test_damped_steps_of_counts_and_binary_values_settle(likelihood: Likelihood, form: str, K: int):
+    rows = make_rows(K, 80, seed=4)
+    y = (rows.values > 0).double() if likelihood.name == "bernoulli" else (2 * rows.values.exp()).round()
+    model = build(form, K, main_effects=True, likelihood=likelihood, offset=likelihood.offset(float(y.mean())))
+    rows, state = begun(model, plain_rows(rows, y))
+    _, bounds = sweeps(model, rows, state, 60)
+    assert np.isfinite(bounds).all()
+    assert bounds[-1] > bounds[0]
+    assert abs(bounds[-1] - bounds[-3]) < 0.05 * 80
+
+
+# --- weights and known errors -----------------------------------------------------------------------------------------
+
+
+WEIGHTED = {
+    "gaussian": None,
+    "gaussian factors": StudentT(dof=math.inf, nugget=False),
+    "gaussian with residuals": StudentT(dof=math.inf, nugget=True),
+    "student-t with residuals": HEAVY,
+    "poisson": Poisson(),
+    "bernoulli": Bernoulli(),
+}
+
+
+@pytest.mark.parametrize("likelihood", WEIGHTED.values(), ids=WEIGHTED.keys())
+@pytest.mark.parametrize("form", ["cp", "tucker"])
+def test_a_row_of_weight_two_is_the_row_twice(likelihood: Likelihood | None, form: str):
+    model = build(form, 2, main_effects=True, likelihood=likelihood)
+    rows = make_rows(2, 30)
+    y = rows.values if likelihood is None or likelihood.location_scale else (rows.values > 0).double()
+    count = torch.ones(30, dtype=F64)
+    count[7] = 2.0
+    again = torch.tensor([*range(30), 7])
+
+    def table(rows: Tensor, weights: Tensor | None) -> Rows:
+        given = Table(make_rows(2, 30).positions.T[rows], y[rows], weights, None, rows)
+        return table_rows(model, given)[0]
+
+    ends = []
+    for given in (table(torch.arange(30), count), table(again, None)):
+        begun_rows, state = begun(model, given)
+        ends.append(sweeps(model, begun_rows, state, LIGHT_TAILS + 4))
+    (weighted, bounds), (twice, other) = ends
+    assert float(weighted.n_rows) == float(twice.n_rows) == 31
+    np.testing.assert_allclose(bounds, other, rtol=1e-8)
+    for a, b in zip(weighted.factors, twice.factors, strict=True):
+        assert close(a.mean, b.mean, 1e-6)
+        assert close(a.second, b.second, 1e-6)
+
+
+def test_known_errors_give_the_posterior_of_a_dense_gaussian_process():
+    model = build("cp", 1, main_effects=False, ranks=(1,), learn=False)
+    model = replace(model, likelihood=StudentT(dof=math.inf, nugget=False, noise_known=True))
+    generator = torch.Generator().manual_seed(0)
+    at = torch.tensor([0, 0, 3, 4, 4, 2, 0])  # nothing at coordinate 1
+    y, std = torch.randn(7, generator=generator, dtype=F64), 0.1 + torch.rand(7, generator=generator, dtype=F64)
+    given = Table(at[:, None], y, None, 1 / std**2, torch.arange(7))
+    rows, state = begun(model, table_rows(model, given)[0])
+    state, bounds = sweeps(model, rows, state, 2)
+    prior = mode_prior(model, state, 0).reshape(5, 5)
+    cross, gram = prior[:, at], prior[at][:, at] + torch.diag(std**2)
+    mean = cross @ torch.linalg.solve(gram, y)
+    covariance = prior - cross @ torch.linalg.solve(gram, cross.T)
+    assert close(state.factors[0].mean[:, 0], mean, 1e-10)
+    assert close(unpack(state.factors[0].second)[:, 0, 0], covariance.diagonal() + mean**2, 1e-10)
+    # Linear and Gaussian: the bound is the log evidence.
+    evidence = torch.distributions.MultivariateNormal(torch.zeros_like(y), gram).log_prob(y)
+    assert bounds[-1] == pytest.approx(float(evidence), rel=1e-10)
 
 
 # --- prediction -------------------------------------------------------------------------------------------------------
@@ -363,10 +641,16 @@ def test_a_planted_tucker_tensor_is_found_from_every_seed(rank: int, seed: int):
     y = clean + 0.05 * rng.normal(size=600)
     train, test = slice(0, 450), slice(450, None)
     model = FunBaT(
-            rank, "tucker", likelihood="gaussian", nugget=False, n_init=1, max_iter=60, tol=1e-2, random_state=seed, progress=False
-        ).fit(
-        X[train], y[train]
-    )
+        rank,
+        "tucker",
+        likelihood="gaussian",
+        nugget=False,
+        n_init=1,
+        max_iter=60,
+        tol=1e-2,
+        random_state=seed,
+        progress=False,
+    ).fit(X[train], y[train])
     mean, std = model.predict(X[test], return_std=True)
     assert np.sqrt(np.mean((mean - clean[test]) ** 2)) < 0.1
     # The noise prior Gamma(1, 1) counts like two rows of noise variance one: with 450 rows, .05 becomes .083.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.inference.kalman import Sites
+from probtensor.kernels import Kernel, Linear, Matern, Periodic
 from probtensor.models.latent_functions import GaussianProcess, IndependentRows, LatentFunctions, latent_functions
 from tests.reference import (
     F64,
@@ -20,6 +21,7 @@ from tests.reference import (
     f64,
     random_sites,
 )
+from tests.reference_kernels import dense_kernel_at, dense_kernel_prior
 
 NUS = [0.5, 1.5, 2.5]
 TIMES = f64([-1.0, 0.0, 0.3, 0.300001, 2.0, 5.5, 6.0])
@@ -48,7 +50,7 @@ def moments_at(f: LatentFunctions, hyper: Tensor, sites: Sites, where: Tensor) -
 @pytest.mark.parametrize("nu", NUS)
 @pytest.mark.parametrize("T", [1, 2, 5, 7])
 def test_posterior_at_the_data_equals_the_dense_process(nu: float, T: int):
-    f, sites = GaussianProcess(TIMES[:T], nu), sites_of(T)
+    f, sites = GaussianProcess(TIMES[:T], Matern(nu)), sites_of(T)
     posterior, log_z = f.posterior(HYPER, sites)
     mean, covariance = f.moments(HYPER, posterior)
     expected_mean, expected_covariance, expected_log_z = dense_gp(nu, TIMES[:T], *HYPER.exp(), *sites)
@@ -62,7 +64,7 @@ def test_posterior_at_the_data_equals_the_dense_process(nu: float, T: int):
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("T", [1, 2, 7])
 def test_prediction_equals_the_dense_process(nu: float, where: str, T: int):
-    f, sites, x = GaussianProcess(TIMES[:T], nu), sites_of(T), WHERE[where]
+    f, sites, x = GaussianProcess(TIMES[:T], Matern(nu)), sites_of(T), WHERE[where]
     mean, covariance = moments_at(f, HYPER, sites, x)
     expected_mean, expected_covariance = dense_gp_at(nu, TIMES[:T], *HYPER.exp(), *sites, x)
     assert close(mean, expected_mean)
@@ -74,7 +76,7 @@ def test_prediction_equals_the_dense_process(nu: float, where: str, T: int):
 @pytest.mark.parametrize("nu", NUS)
 def test_left_of_the_data_the_prior_comes_back(nu: float):
     # The authors' code inverts A there: the mean grows like exp(distance), the variance becomes negative.
-    f, sites = GaussianProcess(TIMES, nu), sites_of(7)
+    f, sites = GaussianProcess(TIMES, Matern(nu)), sites_of(7)
     mean, covariance = moments_at(f, HYPER, sites, f64([-1e3, 1e3]))
     assert close(mean, torch.zeros_like(mean), 1e-12)
     assert close(covariance, torch.diag(HYPER[1].exp()).expand(2, 2, 2), 1e-12)
@@ -82,7 +84,7 @@ def test_left_of_the_data_the_prior_comes_back(nu: float):
 
 @pytest.mark.parametrize("nu", NUS)
 def test_gradients_of_the_normaliser_in_the_log_hyperparameters(nu: float):
-    f, sites = GaussianProcess(TIMES, nu), sites_of(7)
+    f, sites = GaussianProcess(TIMES, Matern(nu)), sites_of(7)
     hyper = HYPER.clone().requires_grad_()
     (expected,) = torch.autograd.grad(dense_gp(nu, TIMES, *hyper.exp(), *sites)[2], hyper)
     (alone,) = torch.autograd.grad(f.log_normalizer(hyper, sites), hyper)
@@ -94,7 +96,7 @@ def test_gradients_of_the_normaliser_in_the_log_hyperparameters(nu: float):
 @pytest.mark.parametrize("size", [1, 2, 30])
 @pytest.mark.parametrize("spread", [1e-6, 1.0, 1e5])
 def test_bounds_of_the_lengthscale_follow_the_unit_of_the_axis(size: int, spread: float):
-    f, unit = (GaussianProcess(x * torch.arange(size, dtype=F64), 1.5) for x in (spread, 1.0))
+    f, unit = (GaussianProcess(x * torch.arange(size, dtype=F64), Matern(1.5)) for x in (spread, 1.0))
     shift = math.log(spread) if size > 1 else 0.0
     for mine, right in zip(
         (f.bounds(3)[:, 0], f.initial_hyperparameters(3)[0]),
@@ -107,7 +109,7 @@ def test_bounds_of_the_lengthscale_follow_the_unit_of_the_axis(size: int, spread
 
 @pytest.mark.parametrize("nu", NUS)
 def test_draws_are_joint_and_have_the_posterior_moments(nu: float):
-    n, f, sites = 4000, GaussianProcess(TIMES[:5], nu), sites_of(5)
+    n, f, sites = 4000, GaussianProcess(TIMES[:5], Matern(nu)), sites_of(5)
     where = f64([2.0, -2.0, 0.1, 3.0, 0.1])  # seen, left, inside, right, a repeat
     draws = f.sample(HYPER, sites, where, n, torch.Generator().manual_seed(0))
     assert draws.shape == (n, 5, 2)
@@ -125,10 +127,106 @@ def assert_moments(draws: Tensor, mean: Tensor, covariance: Tensor) -> None:
 
 
 def test_hyperparameters_are_named_in_the_unit_of_the_axis():
-    named = GaussianProcess(TIMES, 1.5).named(HYPER)
+    named = GaussianProcess(TIMES, Matern(1.5)).named(HYPER)
     assert close(named["lengthscale"], HYPER[0].exp(), 1e-15)
     assert close(named["variance"], HYPER[1].exp(), 1e-15)
     assert close(IndependentRows(3, F0).named(HYPER[1:])["variance"], HYPER[1].exp(), 1e-15)
+
+
+# --- kernels of one's choice ------------------------------------------------------------------------------------------
+
+KERNELS = [
+    Matern(0.5),
+    Matern(1.5),
+    Matern(2.5),
+    Periodic(1.7),
+    Periodic(20.0, n_harmonics=1),
+    Linear(),
+    Matern(1.5) + Periodic(1.7, n_harmonics=3),
+    Matern(0.5) + Linear(),
+    Linear() + Periodic(2.0, n_harmonics=4) + Matern(2.5) + Periodic(0.3, n_harmonics=2),
+]
+CLOSE_TIMES = f64([-1.0, 0.0, 0.3, 0.3 + 1e-9, 2.0, 5.5, 6.0])
+ANYWHERE = f64([7.0, 2.0, -3.0, 2.0, 0.1, 0.3 + 5e-10, -1.0 - 1e-9, 6.0, 30.0])
+
+
+def hyper_of(kernel: Kernel, R: int = 2) -> Tensor:
+    """Log hyperparameters (n_hyperparameters, R): lengthscales between 0.5 and 1.2, variances between 0.4 and 1.5."""
+    unit = torch.rand(len(kernel.hyperparameters), R, generator=torch.Generator().manual_seed(1), dtype=F64)
+    return torch.log(0.4 + 1.1 * unit)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_posterior_of_every_kernel_equals_the_dense_process(kernel: Kernel, T: int):
+    times, sites, hyper = CLOSE_TIMES[:T], sites_of(T), hyper_of(kernel)
+    f = GaussianProcess(times, kernel)
+    posterior, log_z = f.posterior(hyper, sites)
+    mean, covariance = f.moments(hyper, posterior)
+    expected = dense_posterior(dense_kernel_prior(kernel, times, hyper.exp(), times), *sites)
+    assert close(mean, expected[0])
+    assert close(covariance, blocks(expected[1]))
+    assert close(log_z, expected[2])
+    assert list(f.named(hyper)) == list(kernel.hyperparameters)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_gradients_of_the_normaliser_in_the_hyperparameters_of_every_kernel(kernel: Kernel):
+    f, sites, hyper = GaussianProcess(CLOSE_TIMES, kernel), sites_of(7), hyper_of(kernel).requires_grad_()
+    dense = dense_posterior(dense_kernel_prior(kernel, CLOSE_TIMES, hyper.exp(), CLOSE_TIMES), *sites)
+    (expected,) = torch.autograd.grad(dense[2], hyper)
+    (alone,) = torch.autograd.grad(f.log_normalizer(hyper, sites), hyper)
+    (with_posterior,) = torch.autograd.grad(f.posterior(hyper, sites)[1], hyper)
+    assert close(alone, expected)
+    assert close(with_posterior, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("T", [1, 2, 7])
+def test_prediction_of_every_kernel_equals_the_dense_process(kernel: Kernel, T: int):
+    f, sites, hyper = GaussianProcess(CLOSE_TIMES[:T], kernel), sites_of(T), hyper_of(kernel)
+    mean, covariance = moments_at(f, hyper, sites, ANYWHERE)
+    expected_mean, joint, _ = dense_kernel_at(kernel, CLOSE_TIMES[:T], hyper.exp(), *sites, ANYWHERE)
+    assert close(mean, expected_mean)
+    assert close(covariance, blocks(joint))
+    mean, covariance = moments_at(f, hyper, sites, ANYWHERE[:0])
+    assert (mean.shape, covariance.shape) == ((0, 2), (0, 2, 2))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_draws_of_every_kernel_are_joint(kernel: Kernel):
+    n, f, sites, hyper = 4000, GaussianProcess(CLOSE_TIMES, kernel), sites_of(7), hyper_of(kernel)
+    where = f64([2.0, -2.0, 0.1, 8.0, 0.1])  # seen, left, inside, right, a repeat
+    draws = f.sample(hyper, sites, where, n, torch.Generator().manual_seed(0))
+    assert torch.equal(draws[:, 2], draws[:, 4])
+    mean, covariance, _ = dense_kernel_at(kernel, CLOSE_TIMES, hyper.exp(), *sites, where[:4])
+    assert_moments(draws[:, :4].reshape(n, 8), mean.reshape(8), covariance.reshape(8, 8))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_kernel_starts_within_its_bounds_with_a_variance_of_one(kernel: Kernel, dtype: torch.dtype):
+    f = GaussianProcess(CLOSE_TIMES.to(dtype), kernel)
+    start, (lower, upper) = f.initial_hyperparameters(3), f.bounds(3)
+    assert start.shape == lower.shape == (len(kernel.hyperparameters), 3)
+    assert start.dtype == lower.dtype == dtype
+    assert ((lower <= start) & (start <= upper) & (lower < upper)).all()
+    total = sum(value for name, value in f.named(start).items() if name.endswith("variance"))
+    assert close(total, torch.ones(3, dtype=dtype), 1e-6)
+    chain = f.chain(start, f.coordinates)
+    assert chain.matrix.dtype == chain.noise.dtype == chain.observe.dtype == dtype
+    assert chain.matrix.shape == (7, f.state_size(3), f.state_size(3))
+
+
+def test_what_repeats_itself_is_known_far_from_the_data():
+    times = torch.arange(40, dtype=F64) / 7
+    f, hyper = GaussianProcess(times, Periodic(2.0) + Linear()), f64([[0.0], [0.0], [0.0]])
+    values = torch.exp(torch.sin(math.pi * times)) + 0.3 * times
+    sites = Sites(torch.full((40, 1, 1), 1e4, dtype=F64), 1e4 * values[:, None])
+    where = f64([-3.3, 8.1, 20.05])
+    mean, covariance = moments_at(f, hyper, sites, where)
+    assert close(mean[:, 0], torch.exp(torch.sin(math.pi * where)) + 0.3 * where, 0.02)
+    assert (covariance < 0.01).all()
 
 
 # --- independent rows -------------------------------------------------------------------------------------------------
@@ -191,9 +289,9 @@ def test_draws_of_independent_rows_have_the_posterior_moments():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_each_kind_of_axis_has_its_prior(dtype: torch.dtype):
     like = torch.empty(0, dtype=dtype)
-    f = latent_functions(ContinuousAxis("t", nu=2.5).fit(np.array([3.0, 1.0, 1.0, 2.5])), like)
+    f = latent_functions(ContinuousAxis("t", Matern(2.5)).fit(np.array([3.0, 1.0, 1.0, 2.5])), like)
     assert isinstance(f, GaussianProcess)
-    assert (f.nu, f.size, f.everywhere().tolist()) == (2.5, 3, [1.0, 2.5, 3.0])
+    assert (f.kernel, f.size, f.everywhere().tolist()) == (Matern(2.5), 3, [1.0, 2.5, 3.0])
     assert f.everywhere().dtype == f.initial_hyperparameters(2).dtype == dtype
     assert f.initial_hyperparameters(2)[0, 0].item() < math.log(2.0)
     rows = latent_functions(CategoricalAxis("c").fit(np.array(["b", "a", "b"])), like)

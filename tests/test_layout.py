@@ -136,7 +136,7 @@ def state():
 before = state()
 import probtensor as pt
 assert pt.comm.world().size == 1
-assert pt.models.FunBaT().rank == 3
+assert pt.models.FunBaT().rank == 6
 for name in pt.__all__:
     assert name in dir(pt)
     getattr(pt, name)

@@ -420,6 +420,22 @@ def test_the_residual_of_a_cell_is_that_of_gaussian_conditioning():
     assert nothing.shrink.tolist() == nothing.variance.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("dof", [2.5, math.inf])
+def test_the_known_part_of_a_cell_is_what_its_first_rows_say_under_the_weight_of_all(dof: float):
+    likelihood, p, whole = StudentT(dof=dof), f64([math.log(0.3), math.log(0.6)]), cells()
+    precision, shift = likelihood.sites(p, whole, M3, V3)
+    for part, right in zip(likelihood.known_part(p, whole, whole, precision), (precision, shift), strict=True):
+        assert close(part, right, 1e-14)
+    first = merge([(f64([1.5]), f64([2.0])), (f64([0.2]), f64([1.0])), (f64([4.0]), f64([1.0]))])
+    first.weight[0] = 0.0  # a cell that had no row
+    known, known_shift = likelihood.known_part(p, whole, first, precision)
+    weight = likelihood.residual(p, whole, M3, V3).expected_weight
+    assert close(known[1:], weight[1:] / (0.6 + 0.3 / first.weight[1:]), 1e-14)
+    assert close(known_shift, known * first.value, 1e-14)
+    assert float(known[0]) == 0
+    assert (known <= precision).all()
+
+
 @pytest.mark.parametrize("dof", [2.5, 6.0, math.inf])
 def test_a_new_cell_has_the_distribution_of_draws(dof: float):
     likelihood, p = StudentT(dof=dof), f64([math.log(0.3), math.log(0.6)])

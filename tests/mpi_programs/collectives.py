@@ -57,6 +57,46 @@ def check_gather_bytes(comm: Mpi) -> None:
         assert comm.gather_bytes(expected[comm.rank]) == expected
 
 
+def outgoing(rank: int, size: int, n: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that tell whence they come, and where each goes."""
+    generator = torch.Generator().manual_seed(1000 * n + rank)
+    table = torch.randn(n, columns, generator=generator, dtype=torch.float64)
+    table[:, :1] = 1e6 * rank + torch.arange(n)[:, None]
+    return table, torch.randint(size, (n,), generator=generator)
+
+
+def check_exchange(comm: Mpi) -> None:
+    """Ragged tables, ranks with nothing to send or to receive; rows come by rank, each rank's in their order."""
+    last = comm.size - 1
+    for lengths in ([0] * comm.size, [5 * rank for rank in range(comm.size)], [37 - 9 * r for r in range(comm.size)]):
+        for columns in (1, 4):
+            tables = [outgoing(rank, comm.size, n, columns) for rank, n in enumerate(lengths)]
+            for deal in (
+                lambda to: to,
+                torch.zeros_like,  # all to rank 0
+                lambda to: torch.full_like(to, last),
+                lambda to: torch.where(to == 0, last, to),  # none to rank 0
+            ):
+                table, to = tables[comm.rank][0], deal(tables[comm.rank][1])
+                before = table.clone(), to.clone()
+                received = comm.exchange(table, to)
+                expected = torch.cat([rows[deal(dealt) == comm.rank] for rows, dealt in tables])
+                assert received.dtype == torch.float64
+                assert received.shape == expected.shape
+                assert torch.equal(received, expected), (lengths, columns, received, expected)
+                assert torch.equal(table, before[0])
+                assert torch.equal(to, before[1])
+    table, to = outgoing(comm.rank, comm.size, 12, 6)
+    strided = table[:, ::2]
+    everything = [outgoing(rank, comm.size, 12, 6) for rank in range(comm.size)]
+    expected = torch.cat([rows[:, ::2][dealt == comm.rank] for rows, dealt in everything])
+    assert torch.equal(comm.exchange(strided, to), expected)
+    assert not comm.exchange(strided.clone().requires_grad_(), to).requires_grad
+    special = torch.tensor([[torch.nan, -0.0, torch.inf, 5e-324]], dtype=torch.float64)
+    back = comm.exchange(special, torch.tensor([comm.rank]))
+    assert back.numpy().tobytes() == special.numpy().tobytes()
+
+
 def check_strided_and_differentiable(comm: Mpi) -> None:
     strided = held_by(comm.rank, (3, 4), torch.float64).T
     assert torch.equal(comm.sum(strided), comm.sum(strided.contiguous()))
@@ -102,6 +142,7 @@ def main() -> None:
                     check_sum(comm, shape, dtype)
                     check_broadcast(comm, shape, dtype)
             check_gather_bytes(comm)
+            check_exchange(comm)
         comm_module._CHUNK_BYTES = 2**29
         for dtype in (torch.bool, torch.float16, torch.complex128):
             mine = torch.full((5,), comm.rank + 1).to(dtype)

@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from probtensor.comm import Comm, Serial, abort_on_error, world
 from probtensor.models import FunBaT
 
+MANY = 2500  # a tenth of these are enough to calibrate on
 SETTINGS = {"rank": 2, "n_init": 1, "tol": 0.0, "max_iter": 8, "random_state": 0, "progress": False}
 
 
@@ -22,6 +23,18 @@ def table() -> tuple[pd.DataFrame, np.ndarray]:
     X.loc[4:5, "cell"] = "a"  # and the next two a label that comes first
     y = 5 + np.sin(X["time"]) * (1 + (X["cell"] == "c")) + (X["cell"] == "d") + 0.1 * rng.normal(size=91)
     return X, y.to_numpy()
+
+
+def repeated_cells(kind: str) -> tuple[pd.DataFrame, np.ndarray]:
+    """Cells with residuals, most of them in several rows; heavy tails, or counts."""
+    rng = np.random.default_rng(1)
+    cells = pd.DataFrame({"time": rng.integers(0, 40, 700) / 4, "cell": rng.choice(list("abcdef"), 700)})
+    which = rng.integers(0, 700, MANY)
+    X = cells.iloc[which].reset_index(drop=True)
+    clean = np.sin(X["time"]) * (1 + 0.5 * (X["cell"] == "c")) + (X["cell"] == "d")
+    if kind == "poisson":
+        return X, rng.poisson(np.exp(0.5 + clean)).astype(float)
+    return X, (clean + 0.2 * rng.standard_t(4, 700)[which] + 0.1 * rng.standard_t(4, MANY)).to_numpy()
 
 
 def deal(n: int, comm: Comm, seed: int) -> np.ndarray:
@@ -61,6 +74,41 @@ def check(form: str, comm: Comm, seed: int) -> None:
             np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
 
 
+def check_likelihood(kind: str, comm: Comm, *, weights: bool = False) -> None:
+    """Rows of one cell begin on several ranks; which rows calibrate depends on their numbers alone.
+
+    A block of rows a rank, so that their numbers are those of the serial fit.
+    """
+    X, y = repeated_cells(kind)
+    ends = [0, *[[], [900], [300, 1900]][comm.size - 1], MANY]
+    mine = slice(*ends[comm.rank : comm.rank + 2])
+    rng = np.random.default_rng(2)
+    given = {"sample_weight": rng.integers(1, 4, MANY), "noise_std": rng.uniform(0.05, 0.2, MANY)} if weights else {}
+    new = pd.concat([X[:40], pd.DataFrame({"time": [0.1, 77.0], "cell": ["a", "f"]})])
+    settings = SETTINGS | {"likelihood": kind, "rank": 1, "max_iter": 20 if kind == "student-t" else 6}
+
+    def results(model: FunBaT) -> list[np.ndarray]:
+        numbers = [*model.predict(new, return_std=True), *model.predict_interval(new), model.sample_y(new, 2)]
+        numbers += [model.predict_quantiles(new, [0.01, 0.6]), model.relevance_, np.array(model.bound_history_)]
+        return [*numbers, np.array(model.phase_starts_), np.array([model.y_mean_, model.y_scale_])]
+
+    def fitted(rows: slice, comm: Comm) -> FunBaT:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            columns = {name: column[rows] for name, column in given.items()}
+            return FunBaT(form="cp", **settings).fit(X[rows].reset_index(drop=True), y[rows], comm=comm, **columns)
+
+    model = fitted(mine, comm)
+    if kind == "student-t":
+        assert model._observation.calibration
+        assert len(model._observation.seen.value) == len(X.drop_duplicates())
+    found = results(model)
+    assert len(set(comm.gather_bytes(b"".join(x.tobytes() for x in found)))) == 1, f"the ranks disagree: {kind}"
+    if comm.is_root:
+        for x, right in zip(found, results(fitted(slice(0, MANY), Serial())), strict=True):
+            np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
+
+
 def check_seeds(comm: Comm) -> None:
     """Ranks whose seeds or generators differ, or that draw their own seed, take the one of rank 0."""
     X, y = table()
@@ -92,6 +140,9 @@ def main() -> None:
     with abort_on_error(comm):
         check("cp", comm, seed=1)
         check("tucker", comm, seed=2)
+        check_likelihood("student-t", comm)
+        check_likelihood("student-t", comm, weights=True)
+        check_likelihood("poisson", comm)
         check_seeds(comm)
         if comm.size > 1:
             check_refusal(comm)

@@ -1,0 +1,192 @@
+"""Scale mixtures of held-out residuals: known ones recovered, coverage, and a second maximisation by SciPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import optimize, stats
+from torch import Tensor
+
+from probtensor.calibration import INFLATIONS, SCALES, ScaleMixture, fit_scale_mixture
+from probtensor.predictive import NormalMixture
+from tests.reference import F64
+
+Array = NDArray[np.float64]
+
+
+def tensor(x: Array) -> Tensor:
+    return torch.from_numpy(np.array(x))
+
+
+def fit(residual: Array, latent: Array | float, noise: Array | float) -> ScaleMixture:
+    v, s = (np.broadcast_to(np.asarray(x, dtype=float), residual.shape) for x in (latent, noise))
+    return fit_scale_mixture(tensor(residual), tensor(v), tensor(s))
+
+
+def predictive(mixture: ScaleMixture, latent: Array | float, noise: Array | float, n: int) -> NormalMixture:
+    unit = np.sqrt(mixture.inflation * np.broadcast_to(latent, n) + np.broadcast_to(noise, n))
+    return NormalMixture(np.zeros(n), unit[:, None] * mixture.scales.numpy(), mixture.weights.numpy())
+
+
+def log_likelihood(mixture: ScaleMixture, residual: Array, latent: Array | float, noise: Array | float) -> float:
+    return float(predictive(mixture, latent, noise, len(residual)).log_prob(residual).sum())
+
+
+def test_weights_are_probabilities_of_scales_that_count():
+    mixture = fit(np.random.default_rng(0).standard_t(3, 800), 0.1, 1.0)
+    assert mixture.scales.shape == mixture.weights.shape
+    assert mixture.scales.dtype == mixture.weights.dtype == F64
+    assert float(mixture.weights.sum()) == pytest.approx(1.0, abs=1e-12)
+    assert (mixture.weights > 0).all()
+    assert set(mixture.scales.tolist()) <= set(SCALES.tolist())
+    assert mixture.inflation in INFLATIONS
+
+
+@pytest.mark.parametrize(
+    ("scales", "weights"), [([1.0], [1.0]), ([0.25, 4.0], [0.7, 0.3]), ([0.0625, 1.0, 16.0], [0.2, 0.5, 0.3])]
+)
+def test_a_known_scale_mixture_is_recovered(scales: list[float], weights: list[float]):
+    rng = np.random.default_rng(1)
+    n = 3000
+    noise = rng.uniform(0.5, 2.0, n)
+    residual = rng.choice(scales, n, p=weights) * np.sqrt(noise) * rng.normal(size=n)
+    mixture = fit(residual, 0.0, noise)
+    for scale, weight in zip(scales, weights, strict=True):
+        near = (mixture.scales >= scale / 2) & (mixture.scales <= scale * 2)
+        assert float(mixture.weights[near].sum()) == pytest.approx(weight, abs=0.05)
+    second = float((mixture.weights * mixture.scales**2).sum())
+    assert second == pytest.approx(np.dot(weights, np.square(scales)), rel=0.1)
+    # The distribution itself is known better than which scales make it.
+    truth = NormalMixture(np.zeros(1), [scales], weights)
+    for p in (0.6, 0.75, 0.9, 0.975, 0.995):
+        x = truth.quantile(p)
+        assert predictive(mixture, 0.0, 1.0, 1).cdf(x) == pytest.approx(p, abs=0.015)
+
+
+DRAWS = {
+    "normal": stats.norm(),
+    "t": stats.t(3),
+    "laplace": stats.laplace(),
+    "wide normal": stats.norm(scale=7.0),
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", DRAWS)
+def test_intervals_cover_new_residuals(name: str, seed: int):
+    rng = np.random.default_rng(seed)
+    n, m = 600, 10_000
+    # The model's variances differ from row to row; residuals are in their unit.
+    unit = rng.uniform(0.3, 3.0, n + m)
+    residual = unit * DRAWS[name].rvs(n + m, random_state=rng)
+    mixture = fit(residual[:n], 0.0, unit[:n] ** 2)
+    new = predictive(mixture, 0.0, unit[n:] ** 2, m)
+    for coverage in (0.5, 0.9, 0.95):
+        lower, upper = new.interval(coverage)
+        inside = np.mean((residual[n:] >= lower) & (residual[n:] <= upper))
+        # Three standard errors of the calibration rows, and of the test rows.
+        error = 3 * math.sqrt(coverage * (1 - coverage) * (1 / n + 1 / m))
+        assert inside == pytest.approx(coverage, abs=error)
+
+
+@pytest.mark.parametrize("inflation", [0.0, 1.0, 4.0, 16.0])
+def test_the_inflation_is_found_where_latent_variances_are_wrong_by_it(inflation: float):
+    rng = np.random.default_rng(5)
+    latent, noise = rng.choice([0.01, 0.1, 1.0, 10.0], 2000), np.full(2000, 0.5)
+    residual = np.sqrt(inflation * latent + noise) * rng.normal(size=2000)
+    assert fit(residual, latent, noise).inflation == inflation
+
+
+def test_inflation_is_more_than_one_where_the_latent_variance_is_too_small():
+    rng = np.random.default_rng(6)
+    latent, noise = rng.choice([0.01, 0.1, 1.0, 10.0], 2000), np.full(2000, 0.5)
+    residual = np.sqrt(6 * latent + noise) * rng.standard_t(5, 2000)
+    assert fit(residual, latent, noise).inflation in (4.0, 8.0)
+
+
+def test_residuals_of_exactly_zero_are_survived():
+    rng = np.random.default_rng(7)
+    residual = np.where(rng.random(1000) < 0.3, 0.0, rng.normal(size=1000))
+    mixture = fit(residual, 0.2, 1.0)
+    assert all(torch.isfinite(x).all() for x in (mixture.scales, mixture.weights))
+    assert float(mixture.weights[mixture.scales < 0.01].sum()) == pytest.approx(0.3, abs=0.05)
+    all_zero = fit(np.zeros(300), 0.2, 1.0)
+    assert float(all_zero.weights[0]) > 0.99
+    assert float(all_zero.scales[0]) == SCALES[0]
+
+
+def test_rows_without_a_noise_variance_need_a_latent_one():
+    # An inflation of zero would leave no unit: it is passed over.
+    residual = np.random.default_rng(8).normal(size=400)
+    mixture = fit(residual, 1.0, 0.0)
+    assert mixture.inflation > 0
+    assert predictive(mixture, 1.0, 0.0, 1).std == pytest.approx(residual.std(), rel=0.05)
+
+
+def test_residuals_far_outside_all_scales_stay_finite():
+    residual = np.r_[np.random.default_rng(9).normal(size=300), 1e8, -1e9]
+    mixture = fit(residual, 0.0, 1.0)
+    assert torch.isfinite(mixture.weights).all()
+    assert float(mixture.scales.max()) == SCALES[-1]
+
+
+def test_the_unit_of_the_variances_does_not_matter():
+    rng = np.random.default_rng(10)
+    residual, latent, noise = rng.standard_t(4, 600), rng.uniform(0, 1, 600), rng.uniform(0.5, 1, 600)
+    a, b = fit(residual, latent, noise), fit(1024.0 * residual, 1024.0**2 * latent, 1024.0**2 * noise)
+    assert a.inflation == b.inflation
+    assert torch.equal(a.scales, b.scales)
+    np.testing.assert_allclose(a.weights, b.weights, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_other_weights_are_likelier(seed: int):
+    """For each inflation, the weights by SciPy's SLSQP over the simplex; the best of all is what EM finds."""
+    rng = np.random.default_rng(seed)
+    n = 250
+    latent, noise = rng.choice([0.0, 0.3, 2.0], n), rng.uniform(0.3, 1.0, n)
+    residual = np.sqrt(2 * latent + noise) * rng.standard_t(3 + seed, n)
+    mixture = fit(residual, latent, noise)
+    found = log_likelihood(mixture, residual, latent, noise)
+    best = {}
+    for inflation in INFLATIONS:
+        density = stats.norm.pdf(residual[:, None], scale=np.sqrt(inflation * latent + noise)[:, None] * SCALES)
+        best[inflation] = max(_simplex_optimum(density, start) for start in (1.0, 0.0))
+    assert mixture.inflation == max(best, key=best.__getitem__)
+    assert found == pytest.approx(max(best.values()), abs=0.1)  # of a log-likelihood of about -400
+
+
+def _simplex_optimum(density: Array, start: float) -> float:
+    """Largest ``sum log(density @ w)`` over probabilities w: the logits of w are free (L-BFGS, then convex polish)."""
+
+    def negative(logits: Array) -> tuple[float, Array]:
+        w = np.exp(logits - logits.max())
+        w /= w.sum()
+        total = density @ w
+        gradient = (density / total[:, None]).sum(axis=0)
+        return -float(np.log(total).sum()), -w * (gradient - gradient @ w)
+
+    x0 = -start * np.abs(np.log(SCALES))
+    result = optimize.minimize(negative, x0, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-13})
+    return -float(result.fun)
+
+
+def test_the_conditions_of_an_optimum_hold():
+    """Kiefer and Wolfowitz: no scale's mean density ratio is above one, and those of likely scales are one."""
+    rng = np.random.default_rng(11)
+    residual = rng.laplace(size=1500)
+    mixture = fit(residual, 0.0, 1.0)
+    density = stats.norm.pdf(residual[:, None], scale=SCALES)
+    kept = np.isin(SCALES, mixture.scales.numpy())
+    ratio = (density / (density[:, kept] @ mixture.weights.numpy())[:, None]).mean(axis=0)
+    assert ratio.max() < 1.005
+    np.testing.assert_allclose(ratio[kept][mixture.weights.numpy() > 0.05], 1.0, atol=0.002)
+
+
+def test_tensors_of_any_kind_are_taken_and_left_alone():
+    residual = torch.randn(300, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mixture = fit_scale_mixture(residual, torch.zeros(300), torch.ones(300))
+    assert mixture.weights.dtype == F64
+    assert not mixture.weights.requires_grad
