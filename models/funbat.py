@@ -338,7 +338,8 @@ class FunBaT(TensorRegressor):
             table = spread_cells(table, comm)
             # Without repetition, residual of the cell and noise of the row are one.
             likelihood = replace(likelihood, nugget=precision is not None or has_repeated_cells(table, comm))
-        sums = comm.sum(torch.stack([values.new_tensor(float(len(values))), values.sum()]))
+        weight = torch.ones_like(values) if count is None else count
+        sums = comm.sum(torch.stack([weight.sum(), (weight * values).sum()]))
         offset = 0.0 if likelihood is None else likelihood.offset(float(sums[1] / sums[0]))
         model = self._build(values, self.form, bool(self.main_effects) and len(self.axes_) > 1)
         fitted = fit(

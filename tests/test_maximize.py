@@ -62,3 +62,34 @@ def test_keeps_shape_and_dtype_and_leaves_its_start_alone(dtype: torch.dtype, sh
     assert end.dtype == dtype
     assert torch.allclose(end, torch.ones_like(end), atol=1e-4)
     assert torch.equal(start, kept)
+
+
+def test_the_sum_over_ranks_is_what_rises():
+    # This rank's part alone has its maximum at -1, the other's part moves that of the sum.
+    others = []
+
+    def mine(x: Tensor) -> Tensor:
+        return -((x + 1) ** 2).sum()
+
+    def total(found: Tensor) -> Tensor:
+        # The other rank's value and gradient where this one was asked: -3 (x - 3)^2.
+        x = -found[1:] / 2 - 1
+        others.append(found.dtype)
+        return found + torch.cat([-3 * ((x - 3) ** 2).sum()[None], -6 * (x - 3)])
+
+    end = maximize(mine, f64([0.0, 5.0]), WIDE, 50, total)
+    assert close(end, f64([2.0, 2.0]), 1e-6)
+    assert close(maximize(mine, f64([0.0, 5.0]), WIDE, 50), f64([-1.0, -1.0]), 1e-6)
+    assert set(others) == {F64}
+
+
+def test_one_rank_is_the_sum_over_one():
+    start = f64([-1.0, 2.0])
+    assert torch.equal(maximize(rosenbrock, start, WIDE, 7, lambda x: x), maximize(rosenbrock, start, WIDE, 7))
+
+
+def test_value_and_gradient_of_single_precision_are_summed_in_double():
+    seen = []
+    start = torch.full((2,), 0.5)
+    maximize(lambda x: -((x - 1) ** 2).sum(), start, WIDE.float(), 3, lambda x: seen.append(x.dtype) or x)
+    assert set(seen) == {F64}

@@ -195,3 +195,53 @@ def test_the_progress_bar_is_for_rank_zero(
     monkeypatch.setattr("probtensor.inference.message_passing.SHOW_AFTER", 0.0)
     start(Toy(geometric), comm=Counting(rank), progress=progress)
     assert ("sweeps" in capsys.readouterr().err) == shown
+
+
+class Renewing(Toy):
+    """Rows that every sweep renews: each statistic tells how often."""
+
+    def begin(self, state: ToyState, rows: Tensor) -> Tensor:
+        self.began = [*getattr(self, "began", []), state.trial]
+        return rows + 100.0
+
+    def end_sweep(self, state: ToyState, rows: Tensor, total) -> tuple[ToyState, Tensor]:
+        state, rows = super().end_sweep(state, rows, total)
+        return state._replace(trace=(*state.trace, f"total {float(total(rows.sum()))}")), rows + 1.0
+
+
+def test_rows_go_from_one_sweep_to_the_next():
+    result = start(Renewing(geometric, blocks=("a",)), rows=(5.0,), max_iter=3, tol=10.0)
+    assert result.state.trace == (
+        "start 5.0",
+        *("a 105.0", "end", "total 105.0"),
+        *("a 106.0", "end", "total 106.0"),
+        *("a 107.0", "end", "total 107.0"),
+    )
+
+
+def test_each_start_has_rows_of_its_own_and_the_best_keeps_its():
+    model = Renewing(lambda trial, n: geometric(trial, n) + (5.0 if trial == 1 else 0.0), blocks=("a",))
+    result = start(model, rows=(5.0,), n_init=3, tol=1e-9)
+    assert model.began == [0, 1, 2]
+    said = [text for text in result.state.trace if text.startswith("a ")]
+    assert said == [f"a {105.0 + n}" for n in range(result.n_iter)]
+
+
+def test_a_state_to_go_on_from_is_no_new_start():
+    model = Renewing(geometric, blocks=("a",))
+    earlier = ToyState(7, 4, ("earlier",))
+    result = start(model, rows=(5.0,), n_init=3, state=earlier, tol=1e-3)
+    assert model.started == []
+    assert model.began == [7]
+    assert result.state.trace[:3] == ("earlier", "a 105.0", "end")
+    assert result.state.sweeps == 4 + result.n_iter
+    assert result.bound_history == [geometric(7, 4 + n) for n in range(1, result.n_iter + 1)]
+
+
+def test_a_state_to_go_on_from_sweeps_no_more_than_max_iter_and_sums_no_start():
+    comm = Counting()
+    with pytest.warns(ConvergenceWarning):
+        result = start(
+            Toy(lambda trial, n: float(n), blocks=("a",)), comm=comm, n_init=5, state=ToyState(0, 0, ()), max_iter=6
+        )
+    assert result.n_iter == comm.sums == 6
