@@ -94,7 +94,7 @@ class FunBaT(TensorRegressor):
     duplicates : {"observations", "error", "sum", "mean"}, default "observations"
         What rows with equal coordinates are.
     device : str, default "auto"
-        Where to compute: "cpu", "cuda", or a GPU where there is one.
+        "cpu", "cuda", or a GPU where there is one.
     random_state : int, Generator, RandomState or None, default None
         Seed of the start and of the rows held out. No global generator is read or moved.
     progress : bool, default True
@@ -105,8 +105,7 @@ class FunBaT(TensorRegressor):
     bound_, bound_history_ : float, list of float
         Evidence lower bound of the values in their own unit; the last, and after each sweep.
     phase_starts_ : tuple of int
-        Sweeps from which on the bound is that of another model, so that it may step: with heavy tails instead of
-        light ones, with the rows that were held out, without the components that were dropped.
+        Sweeps from which on the bound is another model's: with heavy tails, with the rows held out, without components.
     n_iter_, converged_, stop_reason_ : int, bool, str
     noise_std_, nugget_std_ : float
         Standard deviation (Student-t: scale) of the noise of a row, and of the residual of a cell, in the unit of y.

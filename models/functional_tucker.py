@@ -210,7 +210,7 @@ class FunctionalTucker:
         due = state.past is not None or (state.sweep >= WARM_UP and state.sweep % LEARN_EVERY == 0)
         if self.learn and due:
             hyper = maximize(
-                lambda h: f.log_normalizer(h, sites) + self._log_relevance(f, h),
+                lambda h: f.log_normalizer(h, sites) + self._log_relevance(f, h, state.sweep),
                 hyper,
                 f.bounds(hyper.shape[1]),
                 LEARN_STEPS,
@@ -270,7 +270,8 @@ class FunctionalTucker:
         bound = -state.n_rows * self.log_scale - sum(f.divergence for f in state.factors)
         if any(self.relevance_prior):
             factors = zip(self.functions, state.factors, strict=True)
-            bound = bound + sum(self._log_relevance(f, factor.log_hyperparameters) for f, factor in factors)
+            last = state.sweep - 1
+            bound = bound + sum(self._log_relevance(f, factor.log_hyperparameters, last) for f, factor in factors)
         if state.core is not None:
             bound = bound - gaussian_kl(state.core)
         if state.expected is not None:
@@ -408,10 +409,14 @@ class FunctionalTucker:
         precision = precision.clamp(min=torch.finfo(precision.dtype).tiny ** 0.5)
         return rows._replace(values=shift / precision, precision=precision)
 
-    def _log_relevance(self, f: LatentFunctions, log_hyperparameters: Tensor) -> Tensor:
-        """Log density, up to a constant, of the gamma prior on one over the functions' variances; a scalar."""
+    def _log_relevance(self, f: LatentFunctions, log_hyperparameters: Tensor, sweep: int) -> Tensor:
+        """Log density, up to a constant, of the gamma prior on one over the functions' variances; a scalar.
+
+        It waits for heavy tails: what outliers hide till then would vanish, and not come back.
+        """
         shape, rate = self.relevance_prior
-        if not shape and not rate:
+        waits = self.likelihood is not None and sweep < LIGHT_TAILS and self.likelihood_at(0) != self.likelihood
+        if waits or (not shape and not rate):
             return log_hyperparameters.new_zeros(())
         parts = [x for name, x in f.named(log_hyperparameters).items() if name.endswith("variance")]
         variance = torch.stack(parts).sum(0)

@@ -164,12 +164,12 @@ def plot_predictions(
 
 
 def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
-    """Draw the bound over the iterations.
+    """Draw the bound over the iterations; the line breaks where it becomes the bound of another model.
 
     Parameters
     ----------
     model : fitted estimator
-        With ``bound_history_`` and ``converged_``.
+        With ``bound_history_``, ``converged_`` and, where the bound changes its meaning, ``phase_starts_``.
     ax : matplotlib Axes, optional
         Where to draw. By default a new figure.
 
@@ -187,7 +187,17 @@ def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
         raise ValueError("model: expected a bound_history_ with at least one value, got an empty one")
     ax = _pyplot().subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
     iterations = np.arange(1, bound.size + 1)
-    ax.plot(iterations, bound, color=COLOURS[0], linewidth=1.8, marker="o", markersize=4 if bound.size <= 40 else 0)
+    starts = list(getattr(model, "phase_starts_", (0,)))
+    for first, end in zip(starts, [*starts[1:], bound.size], strict=True):
+        part = slice(first, end)
+        ax.plot(
+            iterations[part],
+            bound[part],
+            color=COLOURS[0],
+            linewidth=1.8,
+            marker="o",
+            markersize=4 if bound.size <= 40 or end - first == 1 else 0,
+        )
     state = "converged" if model.converged_ else "not converged"
     ax.set_title(f"{bound[-1]:,.1f} after {bound.size} iterations, {state}", fontsize=LABEL_SIZE, color=INK, loc="left")
     ax.locator_params(axis="x", integer=True)

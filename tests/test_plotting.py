@@ -178,6 +178,13 @@ def test_the_bound_is_drawn_from_the_first_iteration(model):
     assert "not converged" in plot_bound(model, ax=ax).get_title(loc="left")
 
 
+def test_the_line_of_the_bound_breaks_where_the_bound_is_that_of_another_model(model):
+    model.phase_starts_ = (0, 2)
+    first, second = plot_bound(model).lines
+    np.testing.assert_allclose(first.get_data(), [[1, 2], [-10.0, -4.0]])
+    np.testing.assert_allclose(second.get_data(), [[3], [-3.5]])
+
+
 def test_matplotlib_settings_stay_as_they_were(model):
     before = dict(matplotlib.rcParams)
     plot_factors(model)
