@@ -7,14 +7,17 @@ a ``mask`` is given, where the mask is True. What the model says about the other
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 from scipy.special import ndtr
 
-__all__ = ["coverage", "crps_gaussian", "factor_match_score", "relative_error", "rmse"]
+__all__ = ["calibration_curve", "coverage", "crps_gaussian", "factor_match_score", "relative_error", "rmse"]
+
+if TYPE_CHECKING:
+    from probtensor.predictive import Predictive
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -118,6 +121,45 @@ def coverage(y: npt.ArrayLike, lower: npt.ArrayLike, upper: npt.ArrayLike, mask:
     if crossed:
         raise ValueError(f"lower: expected at most upper, got more at {crossed} of {low.size} observed cells")
     return float(np.mean((low <= observed) & (observed <= high)))
+
+
+def calibration_curve(
+    y: npt.ArrayLike, predictive: Predictive, levels: npt.ArrayLike | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """How often central predictive intervals of many levels hold the observed value.
+
+    Parameters
+    ----------
+    y : array of float, shape (n,)
+        Observed values; NaN marks a missing one.
+    predictive : Predictive
+        Distributions of the n values, as a fitted model's ``predictive(X)`` gives them.
+    levels : array of float, shape (m,), optional
+        Probabilities between 0 and 1. By default 0.05, 0.1, …, 0.95.
+
+    Returns
+    -------
+    levels : array of float, shape (m,)
+    inside : array of float, shape (m,)
+        Share of the observed values in the interval of each level; near `levels` for a calibrated model.
+
+    Raises
+    ------
+    ValueError
+        As :func:`coverage`, and if a level is not between 0 and 1.
+
+    Examples
+    --------
+    >>> from probtensor.predictive import NormalMixture
+    >>> y = np.random.default_rng(0).normal(size=2000)
+    >>> normal = NormalMixture(np.zeros(2000), np.ones((2000, 1)), np.ones(1))
+    >>> calibration_curve(y, normal, [0.5, 0.9])[1].round(2).tolist()
+    [0.5, 0.9]
+    """
+    chosen = np.linspace(0.05, 0.95, 19) if levels is None else np.asarray(levels, dtype=np.float64)
+    if chosen.ndim != 1 or not np.all((chosen > 0) & (chosen < 1)):
+        raise ValueError(f"levels: expected probabilities between 0 and 1, got {levels!r}")
+    return chosen, np.array([coverage(y, *predictive.interval(float(level))) for level in chosen])
 
 
 def crps_gaussian(

@@ -1,4 +1,4 @@
-"""Pictures of a fitted model: latent functions, predictions against observations, the bound.
+"""Pictures of a fitted model: latent functions, predictions against observations, calibration, the bound.
 
 Each function draws on the matplotlib axes it is given, or on a new figure, and returns what it drew on. Colours are
 those of Okabe and Ito, which readers with any colour vision can tell apart; matplotlib's settings are left alone, and
@@ -16,11 +16,14 @@ import pandas as pd
 from scipy.special import ndtri
 
 from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
+from probtensor.metrics import calibration_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_bound", "plot_factors", "plot_predictions"]
+    from probtensor.predictive import Predictive
+
+__all__ = ["plot_bound", "plot_calibration", "plot_factors", "plot_predictions"]
 
 # Okabe and Ito (2008), ordered so that neighbours differ in lightness too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -160,6 +163,38 @@ def plot_predictions(
     _dress(ax, "observed", "predicted")
     if std is not None:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TICK_SIZE, markerscale=1.8)
+    return ax
+
+
+def plot_calibration(y: npt.ArrayLike, predictive: Predictive, *, ax: Axes | None = None) -> Axes:
+    """Draw how often predictive intervals hold the observed value, against what they say.
+
+    Parameters
+    ----------
+    y : array of float, shape (n,)
+        Observed values, not used in the fit.
+    predictive : Predictive
+        What ``model.predictive(X)`` gives for their rows.
+    ax : matplotlib Axes, optional
+        Where to draw. By default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+        The band around the diagonal holds two standard errors of a calibrated model's curve.
+    """
+    levels, inside = calibration_curve(y, predictive)
+    n = np.count_nonzero(~np.isnan(np.asarray(y, dtype=np.float64)))
+    ax = _pyplot().subplots(figsize=(4.4, 4.2), layout="constrained")[1] if ax is None else ax
+    line = np.linspace(0.0, 1.0, 101)
+    error = 2 * np.sqrt(line * (1 - line) / n)
+    ax.fill_between(line, line - error, line + error, color=INK, alpha=0.2, linewidth=0)
+    ax.plot(line, line, color=INK, linewidth=0.9, linestyle="--")
+    ax.plot(levels, inside, color=COLOURS[0], linewidth=1.8, marker="o", markersize=4)
+    ax.set_xlim(0.0, 1.0)
+    ax.set_ylim(0.0, 1.0)
+    ax.set_aspect("equal")
+    _dress(ax, "probability of the interval", "share of values inside")
     return ax
 
 

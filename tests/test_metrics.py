@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from probtensor.metrics import coverage, crps_gaussian, factor_match_score, relative_error, rmse
+from probtensor.metrics import calibration_curve, coverage, crps_gaussian, factor_match_score, relative_error, rmse
+from probtensor.predictive import NormalMixture
 
 NAN = float("nan")
 
@@ -112,3 +114,16 @@ def test_a_null_component_matches_a_null_component_only():
 def test_bad_input_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_a_calibration_curve_counts_what_lies_inside_each_interval() -> None:
+    y = np.random.default_rng(0).normal(size=500)
+    y[7] = np.nan
+    wide = NormalMixture(np.zeros(500), np.full((500, 1), 2.0), np.ones(1))
+    levels, inside = calibration_curve(y, wide, [0.3, 0.6827])
+    seen = y[~np.isnan(y)]
+    half = 2.0 * stats.norm.ppf(0.5 + levels / 2)
+    np.testing.assert_allclose(inside, [(np.abs(seen) <= h).mean() for h in half], rtol=1e-12)
+    assert len(calibration_curve(y, wide)[0]) == 19
+    with pytest.raises(ValueError, match="levels: expected probabilities between 0 and 1"):
+        calibration_curve(y, wide, [0.0])

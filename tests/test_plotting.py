@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from probtensor.axes import CategoricalAxis, ContinuousAxis
-from probtensor.plotting import COLOURS, plot_bound, plot_factors, plot_predictions
+from probtensor.plotting import COLOURS, plot_bound, plot_calibration, plot_factors, plot_predictions
+from probtensor.predictive import NormalMixture
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
@@ -176,6 +177,15 @@ def test_the_bound_is_drawn_from_the_first_iteration(model):
     assert ax.get_title(loc="left") == "-3.5 after 3 iterations, converged"
     model.converged_ = False
     assert "not converged" in plot_bound(model, ax=ax).get_title(loc="left")
+
+
+def test_calibration_is_drawn_against_the_diagonal():
+    y = np.random.default_rng(0).normal(size=300)
+    ax = plot_calibration(y, NormalMixture(np.zeros(300), np.ones((300, 1)), np.ones(1)))
+    diagonal, curve = ax.lines
+    np.testing.assert_allclose(*diagonal.get_data())
+    np.testing.assert_allclose(*curve.get_data(), atol=0.08)
+    assert ax.get_xlabel() == "probability of the interval"
 
 
 def test_the_line_of_the_bound_breaks_where_the_bound_is_that_of_another_model(model):
