@@ -309,7 +309,7 @@ def test_the_reason_of_the_stop_is_recorded_and_a_warning_says_what_to_try(form)
     assert abs(history[-1] - history[-3]) <= limit
     for phase in np.split(history, model.phase_starts_[1:]):
         assert np.all(np.diff(phase) >= -1e-9 * abs(model.bound_))
-    settled = [i for i in range(7, len(history) - 1) if abs(history[i] - history[i - 2]) <= limit / 2]
+    settled = [i for i in range(19, len(history) - 1) if abs(history[i] - history[i - 2]) <= limit / 2]
     assert not settled  # and it did not go on for long after it had
 
 
