@@ -14,7 +14,7 @@ from benchmarks import datasets, peers, splits
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, SPLITS, load_counts, load_fold, load_split
 from probtensor.metrics import crps_gaussian
 
-DATA = Path(os.environ.get("PROBTENSOR_DATA", "/work/shared/data"))
+DATA = Path(os.environ.get("PROBTENSOR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def needs(name):
