@@ -397,8 +397,8 @@ class FunBaT(TensorRegressor):
     def _draw(self, where: Where, n_samples: int, generator: torch.Generator) -> Tensor:
         f = self._model.sample(self._state, where.encoded, n_samples, generator)
         if self._observation is not None:
-            mean, _ = self._model.predict(self._state, where.encoded)
-            return self._observation.draw(f, mean, self._positions(where), where.encoded, generator)
+            moments = self._model.predict(self._state, where.encoded)
+            return self._observation.draw(f, *moments, self._positions(where), where.encoded, generator)
         assert self._model.likelihood is not None
         return draw_values(self._model.likelihood, self._state.log_parameters, f + self._model.offset, generator)
 

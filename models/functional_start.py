@@ -67,6 +67,7 @@ def start_columns(
     strength = [float((n * e**2).sum()) for n, e in zip(split[::2], effects, strict=True)]
     order = sorted(range(len(effects)), key=lambda k: -strength[k])
     main_effects = not all(bool(f.all()) for f in free)
+    coarsest = min(range(len(functions)), key=lambda k: functions[k].size)
     columns = []
     for k, f in enumerate(functions):
         n_functions = int(free[k].sum())
@@ -77,7 +78,8 @@ def start_columns(
         if form == "tucker":
             _tucker_columns(mean, effects[k], main_effects, strongest=order[0] == k)
         elif main_effects:
-            mean[:, len(free[k]) - len(functions) + k] = effects[k]
+            # The others' effects come from what this one leaves.
+            mean[:, len(free[k]) - len(functions) + k] = effects[k] if k == coarsest else 0.0
         else:
             place = order.index(k)
             for r in range(min(len(free[k]), len(functions))):
@@ -104,5 +106,6 @@ def _tucker_columns(mean: Tensor, effect: Tensor, main_effects: bool, *, stronge
 def _smoothed_means(f: LatentFunctions, weight: Tensor, total: Tensor) -> Tensor:
     """Mean value at each coordinate, smoothed by the prior's start, shape (T,)."""
     hyper = f.initial_hyperparameters(1)
-    posterior, _ = f.posterior(hyper, Sites(weight[:, None, None], total[:, None]))
-    return f.moments(hyper, posterior).mean[:, 0]
+    sites = Sites(weight[:, None, None], total[:, None])
+    posterior, _ = f.posterior(hyper, sites)
+    return f.moments(hyper, sites, posterior).mean[:, 0]

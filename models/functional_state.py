@@ -1,12 +1,17 @@
 """What the functional tensor model is made of: observed rows, factors and the posterior as a whole."""
 
-from typing import Literal, NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
 from probtensor.gaussian import Gamma, Gaussian
 from probtensor.inference.kalman import Posterior, Sites
 from probtensor.likelihoods import Entries
+
+if TYPE_CHECKING:
+    from probtensor.contract_cuda import Grouped
 
 __all__ = ["Block", "Factor", "Past", "Rows", "State"]
 
@@ -28,6 +33,8 @@ class Rows(NamedTuple):
         With a likelihood: what was observed.
     before : Entries or None
         The part of `entries` whose factors the state holds already: earlier rows of the same cells.
+    groups : tuple of Grouped, or None
+        The rows in the order of each mode, for the CP form on a GPU.
     """
 
     positions: Tensor
@@ -35,6 +42,7 @@ class Rows(NamedTuple):
     precision: Tensor | None = None
     entries: Entries | None = None
     before: Entries | None = None
+    groups: tuple[Grouped, ...] | None = None
 
 
 class Factor(NamedTuple):

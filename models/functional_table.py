@@ -14,7 +14,16 @@ from probtensor.models.functional_state import Rows
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.resources import RandomState, make_generator
 
-__all__ = ["Table", "has_repeated_cells", "number_rows", "shared_generator", "spread_cells", "table_rows", "uniform"]
+__all__ = [
+    "Table",
+    "has_repeated_cells",
+    "in_groups",
+    "number_rows",
+    "shared_generator",
+    "spread_cells",
+    "table_rows",
+    "uniform",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +115,20 @@ def _mix(x: Tensor) -> Tensor:
 
 def table_rows(model: FunctionalTucker, table: Table) -> tuple[Rows, Tensor]:
     """The rows as the model takes them, and the positions (C, K) of their entries."""
+    rows, positions = _rows(model, table)
+    return in_groups(model, rows), positions
+
+
+def in_groups(model: FunctionalTucker, rows: Rows) -> Rows:
+    """The rows, for the CP form on a GPU in the order of each mode too."""
+    if model.form != "cp" or len(model.functions) < 2 or not rows.values.is_cuda:
+        return rows
+    from probtensor.contract_cuda import group_rows  # it needs Triton, which only CUDA builds of torch bring
+
+    return rows._replace(groups=group_rows(rows.positions, [f.size for f in model.functions]))
+
+
+def _rows(model: FunctionalTucker, table: Table) -> tuple[Rows, Tensor]:
     likelihood, count, precision = model.likelihood, table.count, table.precision
     if likelihood is None:
         return Rows(table.positions.T.contiguous(), table.values, count), table.positions

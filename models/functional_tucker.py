@@ -111,7 +111,9 @@ class FunctionalTucker:
     @property
     def blocks(self) -> tuple[Block, ...]:
         """What a sweep updates, in this order; the noise comes last, in `end_sweep`."""
-        modes = range(len(self.functions))
+        # Coarse modes first: what few coordinates explain is not left to many. Where noise is small, what one mode's
+        # effect has once taken never comes back to another's.
+        modes = sorted(range(len(self.functions)), key=lambda k: self.functions[k].size)
         return ("core", *modes) if self.form == "tucker" else tuple(modes)
 
     def local_start(self, rows: Rows) -> Tensor:
@@ -171,6 +173,12 @@ class FunctionalTucker:
             For a mode, (T, P + R): packed ``sum E a a'`` and ``sum y E a`` of each coordinate. For the core, (prod P
             + prod R,).
         """
+        if rows.groups is not None and block != "core":
+            from probtensor.contract_cuda import cp_sums  # it needs Triton, which only CUDA builds of torch bring
+
+            others = [factor for k, factor in enumerate(state.factors) if k != block]
+            moments = [f.mean for f in others], [f.second for f in others]
+            return cp_sums(rows.groups[block], *moments, rows.values, rows.precision)
         if block == "core":
             sizes = [math.prod(map(packed_size, self.ranks)), math.prod(self.ranks)]
             total = rows.values.new_zeros(sum(sizes))
@@ -284,7 +292,7 @@ class FunctionalTucker:
         """Posterior of a mode from its sites and hyperparameters."""
         f = self.functions[mode]
         posterior, log_z = f.posterior(log_hyperparameters, sites)
-        mean, covariance = f.moments(log_hyperparameters, posterior)
+        mean, covariance = f.moments(log_hyperparameters, sites, posterior)
         second = covariance + mean[:, :, None] * mean[:, None, :]
         divergence = (sites.shift * mean).sum() - 0.5 * (sites.precision * second).sum() - log_z
         return Factor(

@@ -12,6 +12,8 @@ tensor (n_hyperparameters, R), no logarithms.
 * `Linear`: the value and the rise over half the axis's range, without noise. Its prior is not stationary.
 * `Sum`: the states of the parts, one after the other; the value is the sum of theirs.
 
+`White` has no state: `probtensor.models.white` adds it to what the others give.
+
 References
 ----------
 Solin and Särkkä (2014), "Explicit link between periodic covariance functions and state space models", equations 20 to

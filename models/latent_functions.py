@@ -8,7 +8,7 @@ Hyperparameters are one tensor of logarithms a mode, so that an optimiser can st
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,17 @@ from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.gaussian import square_root, standard_normal
 from probtensor.inference import kalman
 from probtensor.inference.kalman import Chain, Posterior, Sites
-from probtensor.kernels import Kernel
+from probtensor.kernels import Kernel, Sum, White
 from probtensor.models.kernel_states import Extent, kernel_state
 from probtensor.models.state_space import Transition, block_diagonal
+from probtensor.models.white import add_white, draw_white, without_white
 
 __all__ = ["GaussianProcess", "IndependentRows", "LatentFunctions", "Moments", "latent_functions"]
+
+Value = TypeVar("Value")
+
+WHITE_START = 0.01  # variance of white parts at the start: more, and they take what smooth functions would explain
+WHITE_VARIANCES = (1e-6, 1e4)
 
 
 class Moments(NamedTuple):
@@ -64,7 +70,7 @@ class LatentFunctions(ABC):
         """Log of the integral of the prior times all sites, a scalar, differentiable."""
 
     @abstractmethod
-    def moments(self, log_hyperparameters: Tensor, posterior: Posterior) -> Moments:
+    def moments(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior) -> Moments:
         """Posterior moments at the T coordinates."""
 
     @abstractmethod
@@ -79,7 +85,7 @@ class LatentFunctions(ABC):
 
 
 class GaussianProcess(LatentFunctions):
-    """Gaussian processes over a continuous axis, by the state-space form of their kernel.
+    """Gaussian processes over a continuous axis, by the state-space form of their kernel; `White` parts need no state.
 
     Hyperparameters are the logarithms of those that the kernel names, for each component.
 
@@ -95,7 +101,8 @@ class GaussianProcess(LatentFunctions):
         self.coordinates = coordinates
         self.kernel = kernel
         first, last = float(coordinates[0]), float(coordinates[-1])
-        self._form = kernel_state(kernel, Extent(first + (last - first) / 2, last - first or 1.0, len(coordinates)))
+        smooth, self._white = _split_white(kernel)
+        self._form = kernel_state(smooth, Extent(first + (last - first) / 2, last - first or 1.0, len(coordinates)))
         self._dim = len(self._form.observe)
         self._selects = self._form.observe == (1.0,) + (0.0,) * (self._dim - 1)  # H takes the first of each d entries
 
@@ -111,18 +118,19 @@ class GaussianProcess(LatentFunctions):
         return rank * self._dim
 
     def initial_hyperparameters(self, rank: int) -> Tensor:  # noqa: D102
-        start = [math.log(value) for value in self._form.start()]
+        start = [math.log(value) for value in self._with_white(self._form.start(), WHITE_START)]
         return self.coordinates.new_tensor(start)[:, None].repeat(1, rank)
 
     def bounds(self, rank: int) -> Tensor:  # noqa: D102
-        pairs = [[math.log(low), math.log(high)] for low, high in self._form.bounds()]
+        bounds = self._with_white(self._form.bounds(), WHITE_VARIANCES)
+        pairs = [[math.log(low), math.log(high)] for low, high in bounds]
         return self.coordinates.new_tensor(pairs).T[:, :, None].expand(2, len(pairs), rank)
 
     def named(self, log_hyperparameters: Tensor) -> dict[str, Tensor]:  # noqa: D102
         return dict(zip(self.kernel.hyperparameters, log_hyperparameters.exp(), strict=True))
 
     def chain(self, log_hyperparameters: Tensor, coordinates: Tensor) -> Chain:
-        """The prior over the states at given sorted coordinates."""
+        """The prior over the states of the smooth parts at given sorted coordinates."""
         start = self._prior(log_hyperparameters, coordinates[:1])
         steps = self._step(log_hyperparameters, torch.diff(coordinates))
         return Chain(
@@ -133,14 +141,16 @@ class GaussianProcess(LatentFunctions):
 
     def posterior(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Posterior, Tensor]:  # noqa: D102
         chain = self.chain(log_hyperparameters, self.coordinates)
-        posterior = kalman.smooth(chain, sites)
-        return posterior, kalman.log_normalizer(chain, sites, posterior)
+        smooth_sites, constant = self._smooth_sites(log_hyperparameters, sites)
+        posterior = kalman.smooth(chain, smooth_sites)
+        return posterior, kalman.log_normalizer(chain, smooth_sites, posterior) + constant
 
     def log_normalizer(self, log_hyperparameters: Tensor, sites: Sites) -> Tensor:  # noqa: D102
-        return kalman.log_normalizer(self.chain(log_hyperparameters, self.coordinates), sites)
+        smooth_sites, constant = self._smooth_sites(log_hyperparameters, sites)
+        return kalman.log_normalizer(self.chain(log_hyperparameters, self.coordinates), smooth_sites) + constant
 
-    def moments(self, log_hyperparameters: Tensor, posterior: Posterior) -> Moments:  # noqa: D102
-        return self._observed(*kalman.condition(*posterior), log_hyperparameters)
+    def moments(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior) -> Moments:  # noqa: D102
+        return self._observed(*kalman.condition(*posterior), log_hyperparameters, sites)
 
     def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102
         # The state left of `where`, carried forward, meets the information right of it, carried back: what inserting
@@ -158,14 +168,17 @@ class GaussianProcess(LatentFunctions):
         covariance = torch.where(has_left[:, None, None], A @ P @ A.mT + forward.noise, prior)
 
         backward = self._step(log_hyperparameters, torch.where(has_right, self.coordinates[right] - where, 0.0))
+        ahead, _ = self._smooth_sites(log_hyperparameters, Sites(*(x[right] for x in sites)))
         shift, precision = kalman.pull_back(
             *backward,
-            posterior.shift[right] + H.T @ sites.shift[right, :, None],
-            posterior.precision[right] + H.T @ sites.precision[right] @ H,
+            posterior.shift[right] + H.T @ ahead.shift[..., None],
+            posterior.precision[right] + H.T @ ahead.precision @ H,
         )
         shift = torch.where(has_right[:, None, None], shift, 0.0)
         precision = torch.where(has_right[:, None, None], precision, 0.0)
-        return self._observed(*kalman.condition(mean, covariance, shift, precision), log_hyperparameters)
+        seen = has_left & (self.coordinates[left] == where)
+        here = Sites(*(torch.where(seen.reshape(-1, *[1] * (x.ndim - 1)), x[left], 0.0) for x in sites))
+        return self._observed(*kalman.condition(mean, covariance, shift, precision), log_hyperparameters, here)
 
     def sample(  # noqa: D102
         self, log_hyperparameters: Tensor, sites: Sites, where: Tensor, n_samples: int, generator: torch.Generator
@@ -177,15 +190,19 @@ class GaussianProcess(LatentFunctions):
         seen, asked = position[: self.size], position[self.size :]
         precision[seen], shift[seen] = sites
         chain = self.chain(log_hyperparameters, everywhere)
-        states = kalman.sample(chain, Sites(precision, shift), n_samples, generator)
-        return states[:, asked] @ chain.observe.T
+        smooth_sites, _ = self._smooth_sites(log_hyperparameters, Sites(precision, shift))
+        drawn = kalman.sample(chain, smooth_sites, n_samples, generator) @ chain.observe.T
+        if self._white is not None:
+            variance = log_hyperparameters[self._white].exp()
+            drawn = draw_white(variance, Sites(precision, shift), drawn, generator)
+        return drawn[:, asked]
 
     def _step(self, log_hyperparameters: Tensor, gaps: Tensor) -> Transition:
-        matrix, noise = self._form.step(gaps, log_hyperparameters.exp())
+        matrix, noise = self._form.step(gaps, self._smooth(log_hyperparameters).exp())
         return Transition(block_diagonal(matrix), block_diagonal(noise))
 
     def _prior(self, log_hyperparameters: Tensor, coordinates: Tensor) -> Tensor:
-        return block_diagonal(self._form.prior(coordinates, log_hyperparameters.exp()))
+        return block_diagonal(self._form.prior(coordinates, self._smooth(log_hyperparameters).exp()))
 
     def _observe(self, log_hyperparameters: Tensor) -> Tensor:
         one = torch.eye(
@@ -193,11 +210,42 @@ class GaussianProcess(LatentFunctions):
         )
         return torch.kron(one, log_hyperparameters.new_tensor([self._form.observe]))
 
-    def _observed(self, mean: Tensor, covariance: Tensor, log_hyperparameters: Tensor) -> Moments:
+    def _observed(self, mean: Tensor, covariance: Tensor, log_hyperparameters: Tensor, sites: Sites) -> Moments:
+        """The functions' moments from those of the states (n, D, 1) and (n, D, D), and the sites there."""
         if self._selects:
-            return Moments(mean[:, :: self._dim, 0], covariance[:, :: self._dim, :: self._dim])
-        H = self._observe(log_hyperparameters)
-        return Moments((H @ mean).squeeze(-1), H @ covariance @ H.T)
+            mean, covariance = mean[:, :: self._dim, 0], covariance[:, :: self._dim, :: self._dim]
+        else:
+            H = self._observe(log_hyperparameters)
+            mean, covariance = (H @ mean).squeeze(-1), H @ covariance @ H.T
+        if self._white is None:
+            return Moments(mean, covariance)
+        return Moments(*add_white(log_hyperparameters[self._white].exp(), sites, mean, covariance))
+
+    def _smooth(self, log_hyperparameters: Tensor) -> Tensor:
+        """The hyperparameters of all parts but the white one."""
+        if self._white is None:
+            return log_hyperparameters
+        return torch.cat([log_hyperparameters[: self._white], log_hyperparameters[self._white + 1 :]])
+
+    def _smooth_sites(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Sites, Tensor]:
+        """The sites as the smooth parts see them, and the logarithm of the constant factors that are left."""
+        if self._white is None:
+            return sites, log_hyperparameters.new_zeros(())
+        return without_white(log_hyperparameters[self._white].exp(), sites)
+
+    def _with_white(self, smooth: list[Value], white: Value) -> list[Value]:
+        """What belongs to each hyperparameter, from the smooth parts' and the white one's."""
+        return smooth if self._white is None else [*smooth[: self._white], white, *smooth[self._white :]]
+
+
+def _split_white(kernel: Kernel) -> tuple[Kernel, int | None]:
+    """The kernel without its white part, and the row of this part's variance among the hyperparameters."""
+    if not isinstance(kernel, Sum) or not any(isinstance(part, White) for part in kernel.parts):
+        return kernel, None
+    at = next(i for i, part in enumerate(kernel.parts) if isinstance(part, White))
+    smooth = (*kernel.parts[:at], *kernel.parts[at + 1 :])
+    row = sum(len(part.hyperparameters) for part in kernel.parts[:at])
+    return smooth[0] if len(smooth) == 1 else Sum(smooth), row
 
 
 class IndependentRows(LatentFunctions):
@@ -244,7 +292,7 @@ class IndependentRows(LatentFunctions):
         prior = torch.diag(log_hyperparameters[0].exp()).expand_as(sites.precision)
         return kalman.site_log_normalizer(torch.zeros_like(sites.shift), prior, sites).sum()
 
-    def moments(self, log_hyperparameters: Tensor, posterior: Posterior) -> Moments:  # noqa: D102
+    def moments(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior) -> Moments:  # noqa: D102
         return Moments(posterior.mean.squeeze(-1), posterior.covariance)
 
     def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probtensor.calibration import ScaleMixture
+from probtensor.calibration import ScaleMixture, inflated
 from probtensor.cells import find_cells
 from probtensor.data import group_cells
 from probtensor.gaussian import standard_normal
@@ -136,11 +136,17 @@ class Observation:
             scales = np.sqrt(latent[:, None] + (noise * shape / rate)[:, None] / weight)
             return NormalMixture(location, scales, probability)
         inflation, scales, weights = self._calibrated(residual.cell.cpu().numpy() >= 0)
-        unit = np.sqrt(inflation * latent + noise)
+        unit = np.sqrt(inflated(latent, inflation) + noise)
         return NormalMixture(location, unit[:, None] * scales, weights)
 
     def draw(
-        self, f: Tensor, mean: Tensor, positions: Tensor | None, encoded: list[Tensor], generator: torch.Generator
+        self,
+        f: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        positions: Tensor | None,
+        encoded: list[Tensor],
+        generator: torch.Generator,
     ) -> Tensor:
         """Joint draws of new values; rows of one cell share its residual.
 
@@ -148,8 +154,8 @@ class Observation:
         ----------
         f : Tensor, shape (n_samples, n)
             Joint draws of the noise-free entries.
-        mean : Tensor, shape (n,)
-            Their mean.
+        mean, variance : Tensor, shape (n,)
+            Their moments.
         positions : Tensor, shape (n, K), int64, or None
             See `predictive`.
         encoded : list of Tensor, shape (n,)
@@ -175,7 +181,9 @@ class Observation:
             weights = np.broadcast_to(weights, scales.shape)[first]
             chosen = (rng.random((*size, 1)) > weights.cumsum(axis=1)[None]).sum(axis=2).clip(max=scales.shape[1] - 1)
             scale = torch.from_numpy(scales[first][np.arange(len(first)), chosen]).to(f)[:, of_cell]
-            spread = torch.from_numpy(np.sqrt(inflation)).to(f) * deviation
+            latent = self.moments(mean, variance, residual)[1].cpu().numpy()
+            growth = np.divide(inflated(latent, inflation), latent, out=inflation.copy(), where=latent > 0)
+            spread = torch.from_numpy(np.sqrt(growth)).to(f) * deviation
             drawn: Tensor = location + scale * (spread + (shared + own) * (residual.rate / residual.shape).sqrt())
             return drawn
         drawn = shared + own

@@ -21,6 +21,7 @@ __all__ = [
     "Observations",
     "Periodic",
     "Sum",
+    "White",
     "__version__",
     "comm",
     "datasets",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors; with
     from probtensor.kernels import Matern as Matern
     from probtensor.kernels import Periodic as Periodic
     from probtensor.kernels import Sum as Sum
+    from probtensor.kernels import White as White
     from probtensor.persistence import load as load
     from probtensor.readers import from_dense as from_dense
     from probtensor.readers import from_xarray as from_xarray
@@ -60,7 +62,7 @@ else:
     _HOMES = {
         **dict.fromkeys(("CategoricalAxis", "ContinuousAxis"), "probtensor.axes"),
         "Observations": "probtensor.data",
-        **dict.fromkeys(("Linear", "Matern", "Periodic", "Sum"), "probtensor.kernels"),
+        **dict.fromkeys(("Linear", "Matern", "Periodic", "Sum", "White"), "probtensor.kernels"),
         "load": "probtensor.persistence",
         **dict.fromkeys(("from_dense", "from_xarray", "read_table", "read_tns", "to_xarray"), "probtensor.readers"),
     }

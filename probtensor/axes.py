@@ -18,9 +18,10 @@ import pandas as pd
 
 from probtensor import columns
 from probtensor.columns import FloatArray, IntArray
-from probtensor.kernels import Kernel, Matern, kernel_from_state
+from probtensor.kernels import Kernel, Matern, White, kernel_from_state
 
-MATERN = Matern(1.5)  # what is believed where nothing is said
+SMOOTH = Matern(1.5) + White()  # what is believed where nothing is said
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +120,8 @@ class ContinuousAxis(Axis):
     ----------
     name : str, optional
         The column's name.
-    kernel : Kernel, default Matern(1.5)
-        What is believed of functions over the axis: `Matern`, `Periodic`, `Linear`, or a sum of them.
+    kernel : Kernel, default Matern(1.5) + White()
+        What is believed of functions over the axis: `Matern`, `Periodic`, `Linear`, or a sum of these and `White`.
     distinct : pandas.Index, optional
         Sorted distinct values, set by `fit`; numbers are kept as int64 or float64.
 
@@ -139,12 +140,15 @@ class ContinuousAxis(Axis):
     Timestamp('2024-01-01 18:00:00')
     """
 
-    kernel: Kernel = MATERN
+    kernel: Kernel = SMOOTH
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.kernel, Kernel):
-            raise ValueError(f"kernel: expected Matern, Periodic, Linear or a sum of them, got {self.kernel!r}")
+        if not isinstance(self.kernel, Kernel) or isinstance(self.kernel, White):
+            raise ValueError(
+                f"kernel: expected Matern, Periodic, Linear or a sum of these and White, got {self.kernel!r}; "
+                "coordinates without any order are a CategoricalAxis"
+            )
 
     @cached_property
     def coordinates(self) -> FloatArray:

@@ -3,7 +3,7 @@
 A factorised posterior is too sure of itself: it leaves out how the modes' uncertainties hang together. The cure is
 empirical. Rows held out from a fit give residuals ``r_n`` beside the model's own variances, ``v_n`` of the noise-free
 entry and ``s_n`` of the noise. The residuals are taken as draws of ``N(0, c_j^2 (a v_n + s_n))`` with probability
-``p_j``: a scale mixture of normals, any symmetric bell with tails as heavy, or a peak as sharp, as the residuals have.
+``p_j`` (for the inflation ``a`` of large ``v_n`` see `inflated`): a scale mixture of normals, any symmetric bell with tails as heavy, or a peak as sharp, as the residuals have.
 The inflation ``a``, the scales ``c_j`` and their probabilities are those of highest likelihood; for fixed scales that
 is a concave problem, which EM solves.
 
@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MIN_RESIDUALS", "ScaleMixture", "fit_scale_mixture"]
+from probtensor.columns import FloatArray
+
+__all__ = ["MIN_RESIDUALS", "ScaleMixture", "fit_scale_mixture", "inflated"]
 
 MIN_RESIDUALS = 200  # fewer say too little of the tails
 INFLATIONS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -30,12 +32,12 @@ NEGLIGIBLE = 1e-6  # probability below which a scale is dropped
 
 
 class ScaleMixture(NamedTuple):
-    """Residuals are ``N(0, scale_j^2 (inflation * latent variance + noise variance))`` with probability ``weight_j``.
+    """Residuals are ``N(0, scale_j^2 (v + noise variance))`` with probability ``weight_j``; for ``v`` see `inflated`.
 
     Attributes
     ----------
     inflation : float
-        Factor on the variance of the noise-free entry.
+        Factor on small variances of the noise-free entry.
     scales, weights : Tensor, shape (M,)
         On the CPU; the weights sum to one.
     """
@@ -45,13 +47,30 @@ class ScaleMixture(NamedTuple):
     weights: Tensor
 
 
+def inflated(latent_variance: FloatArray, inflation: FloatArray | float) -> FloatArray:
+    """Variances (n,) of noise-free standardised entries, inflated the less the nearer they are to 1.
+
+    An inflation ``a`` above 1 gives ``a v / (1 + (a - 1) v)``, and ``v`` itself where that is less: factorised
+    posteriors are too sure of what many rows determine, where ``v`` is small; in a gap, ``v`` is the prior's, which has
+    no such fault. One below 1 gives ``a v``.
+
+    Examples
+    --------
+    >>> inflated(np.array([1e-3, 0.2, 1.0, 1.5]), 4.0).round(4).tolist()
+    [0.004, 0.5, 1.0, 1.5]
+    """
+    v, a = latent_variance, np.asarray(inflation)
+    grown = a * v / (1 + (a - 1).clip(min=0) * v)
+    return np.where(a >= 1, np.maximum(grown, v), grown)
+
+
 def fit_scale_mixture(residual: Tensor, latent_variance: Tensor, noise_variance: Tensor) -> ScaleMixture:
     """The scale mixture of highest likelihood.
 
     Parameters
     ----------
     residual : Tensor, shape (n,)
-        Held-out values less their predictions.
+        Held-out standardised values less their predictions.
     latent_variance, noise_variance : Tensor, shape (n,)
         The model's own variances of the noise-free entries and of the noise, positive in sum.
 
@@ -69,7 +88,7 @@ def fit_scale_mixture(residual: Tensor, latent_variance: Tensor, noise_variance:
     best: tuple[float, ScaleMixture] | None = None
     r, v, s = (x.detach().double().cpu().numpy() for x in (residual, latent_variance, noise_variance))
     for inflation in INFLATIONS:
-        unit = np.sqrt(inflation * v + s)
+        unit = np.sqrt(inflated(v, inflation) + s)
         if not np.all(unit > 0):
             continue
         log_density = -0.5 * (r[:, None] / (unit[:, None] * SCALES)) ** 2 - np.log(SCALES * np.sqrt(2 * np.pi))

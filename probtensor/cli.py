@@ -140,7 +140,8 @@ def fit(
         list[str] | None,
         typer.Option(
             metavar="[COLUMN=]NUMBER",
-            help="Smoothness of the functions, 0.5, 1.5 or 2.5; for one column as in time=2.5. Repeat for more.",
+            help="Smoothness of the functions, 0.5, 1.5 or 2.5, beside what each coordinate has for itself; for one "
+            "column as in time=2.5. Repeat for more.",
             show_default="1.5",
         ),
     ] = None,
@@ -265,7 +266,7 @@ def _ranks(text: str | None, form: Form, fitted: list[Axis]) -> int | tuple[int,
 def _with_smoothness(axes: tuple[Axis, ...], given: list[str]) -> tuple[Axis, ...]:
     """Return the axes with the smoothness of ``--nu 1.5`` (all) and ``--nu time=1.5`` (one)."""
     from probtensor.axes import ContinuousAxis
-    from probtensor.kernels import Matern
+    from probtensor.kernels import Matern, White
 
     names = [axis.name for axis in axes if isinstance(axis, ContinuousAxis)]
     chosen: dict[str | None, float] = {}
@@ -278,7 +279,7 @@ def _with_smoothness(axes: tuple[Axis, ...], given: list[str]) -> tuple[Axis, ..
         except ValueError:
             raise ValueError(f"--nu: expected a number, or one for a column as in time=2.5, got {text!r}") from None
     return tuple(
-        replace(a, kernel=Matern(chosen[a.name])) if isinstance(a, ContinuousAxis) and a.name in chosen else a
+        replace(a, kernel=Matern(chosen[a.name]) + White()) if isinstance(a, ContinuousAxis) and a.name in chosen else a
         for a in axes
     )
 

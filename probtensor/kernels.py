@@ -18,12 +18,12 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, final
 
-__all__ = ["Kernel", "Linear", "Matern", "Periodic", "Sum", "kernel_from_state"]
+__all__ = ["Kernel", "Linear", "Matern", "Periodic", "Sum", "White", "kernel_from_state"]
 
 
 @dataclass(frozen=True)
 class Kernel(ABC):
-    """A covariance over a continuous axis. Use `Matern`, `Periodic`, `Linear` and their sums."""
+    """A covariance over a continuous axis. Use `Matern`, `Periodic`, `Linear`, `White` and their sums."""
 
     @property
     @abstractmethod
@@ -164,6 +164,26 @@ class Linear(Kernel):
 
 
 @final
+@dataclass(frozen=True)
+class White(Kernel):
+    """What each coordinate has for itself, unrelated to its neighbours: a part of a sum.
+
+    Beside `Matern`, it keeps the smooth part smooth where single coordinates stand out, and widens what is said of
+    coordinates that were never seen. It costs no state. Learned: ``variance``.
+
+    Examples
+    --------
+    >>> (Matern() + White()).hyperparameters
+    ('lengthscale', 'variance', 'white_variance')
+    """
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        """Names of what is learned, in order."""
+        return ("variance",)
+
+
+@final
 @dataclass(frozen=True, repr=False)
 class Sum(Kernel):
     """The sum of independent functions of several kernels; ``+`` makes it.
@@ -174,12 +194,12 @@ class Sum(Kernel):
     Parameters
     ----------
     parts : sequence of Kernel
-        At least two; the parts of a sum among them stand in its place.
+        At least two, of which at most one is `White`; the parts of a sum among them stand in its place.
 
     Raises
     ------
     ValueError
-        If there are fewer than two, or something else than kernels.
+        If there are fewer than two, more than one `White`, or something else than kernels.
 
     Examples
     --------
@@ -198,6 +218,8 @@ class Sum(Kernel):
             flat.extend(part.parts if isinstance(part, Sum) else (part,))
         if len(flat) < 2:
             raise ValueError(f"parts: expected at least two kernels, got {given!r}")
+        if sum(isinstance(part, White) for part in flat) > 1:
+            raise ValueError(f"parts: expected at most one White, got {given!r}")
         object.__setattr__(self, "parts", tuple(flat))
 
     def __repr__(self) -> str:
@@ -248,7 +270,7 @@ def kernel_from_state(state: dict[str, Any]) -> Kernel:
     kind = settings.pop("kind", None)
     if kind == "Sum":
         return Sum(tuple(map(kernel_from_state, settings["parts"])))
-    classes: dict[str, type[Kernel]] = {cls.__name__: cls for cls in (Matern, Periodic, Linear)}
+    classes: dict[str, type[Kernel]] = {cls.__name__: cls for cls in (Matern, Periodic, Linear, White)}
     if kind not in classes:
         raise ValueError(f"state: expected a kind among {sorted([*classes, 'Sum'])}, got {kind!r}")
     return classes[kind](**settings)

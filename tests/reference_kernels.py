@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from probtensor.kernels import Kernel, Linear, Matern, Periodic, Sum
+from probtensor.kernels import Kernel, Linear, Matern, Periodic, Sum, White
 from probtensor.models.state_space import matern_covariance
 from tests.reference import F64, dense_posterior
 
@@ -23,6 +23,8 @@ def kernel_covariance(kernel: Kernel, x: Tensor, y: Tensor, hyper: Tensor, times
     if isinstance(kernel, Linear):
         middle, half = (times[0] + times[-1]) / 2, (float(times[-1] - times[0]) or 1.0) / 2
         return hyper[0] * (1 + torch.outer(x - middle, y - middle) / half**2)
+    if isinstance(kernel, White):
+        return hyper[0] * (x[:, None] == y[None, :]).to(F64)
     assert isinstance(kernel, Periodic)
     q = fourier_coefficients(hyper[0])[: kernel.n_harmonics + 1]
     total = torch.zeros(len(x), len(y), dtype=F64)

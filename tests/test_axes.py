@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis, axis_from_state
-from probtensor.kernels import Linear, Matern, Periodic
+from probtensor.kernels import Linear, Matern, Periodic, White
 
 FLOATS = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=9)
 MICROSECONDS = st.lists(st.integers(-(10**17), 10**17), min_size=1, max_size=9)
@@ -36,14 +36,14 @@ def typed(labels: object) -> list[tuple[type, object]]:
 # Specification
 
 
-def test_a_continuous_axis_has_a_matern_kernel_unless_told():
-    assert ContinuousAxis("time").kernel == Matern(1.5)
+def test_a_continuous_axis_has_a_matern_kernel_and_white_residuals_unless_told():
+    assert ContinuousAxis("time").kernel == Matern(1.5) + White()
     assert ContinuousAxis("time", SEASON).kernel == SEASON
 
 
-@pytest.mark.parametrize("kernel", [1.5, None, "Matern", Matern])
+@pytest.mark.parametrize("kernel", [1.5, None, "Matern", Matern, White(), White])
 def test_something_else_than_a_kernel_is_refused(kernel):
-    with pytest.raises(ValueError, match="kernel: expected Matern, Periodic, Linear or a sum of them, got"):
+    with pytest.raises(ValueError, match="kernel: expected Matern, Periodic, Linear or a sum of these and White, got"):
         ContinuousAxis("time", kernel)
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 from torch import Tensor
 
-from probtensor.calibration import INFLATIONS, SCALES, ScaleMixture, fit_scale_mixture
+from probtensor.calibration import INFLATIONS, SCALES, ScaleMixture, fit_scale_mixture, inflated
 from probtensor.predictive import NormalMixture
 from tests.reference import F64
 
@@ -26,7 +26,7 @@ def fit(residual: Array, latent: Array | float, noise: Array | float) -> ScaleMi
 
 
 def predictive(mixture: ScaleMixture, latent: Array | float, noise: Array | float, n: int) -> NormalMixture:
-    unit = np.sqrt(mixture.inflation * np.broadcast_to(latent, n) + np.broadcast_to(noise, n))
+    unit = np.sqrt(inflated(np.broadcast_to(latent, n), mixture.inflation) + np.broadcast_to(noise, n))
     return NormalMixture(np.zeros(n), unit[:, None] * mixture.scales.numpy(), mixture.weights.numpy())
 
 
@@ -94,15 +94,15 @@ def test_intervals_cover_new_residuals(name: str, seed: int):
 @pytest.mark.parametrize("inflation", [0.0, 1.0, 4.0, 16.0])
 def test_the_inflation_is_found_where_latent_variances_are_wrong_by_it(inflation: float):
     rng = np.random.default_rng(5)
-    latent, noise = rng.choice([0.01, 0.1, 1.0, 10.0], 2000), np.full(2000, 0.5)
-    residual = np.sqrt(inflation * latent + noise) * rng.normal(size=2000)
+    latent, noise = rng.choice([0.003, 0.03, 0.3, 3.0], 2000), np.full(2000, 0.05)
+    residual = np.sqrt(inflated(latent, inflation) + noise) * rng.normal(size=2000)
     assert fit(residual, latent, noise).inflation == inflation
 
 
 def test_inflation_is_more_than_one_where_the_latent_variance_is_too_small():
     rng = np.random.default_rng(6)
-    latent, noise = rng.choice([0.01, 0.1, 1.0, 10.0], 2000), np.full(2000, 0.5)
-    residual = np.sqrt(6 * latent + noise) * rng.standard_t(5, 2000)
+    latent, noise = rng.choice([0.003, 0.03, 0.3, 3.0], 2000), np.full(2000, 0.05)
+    residual = np.sqrt(inflated(latent, 6.0) + noise) * rng.standard_t(5, 2000)
     assert fit(residual, latent, noise).inflation in (4.0, 8.0)
 
 
@@ -132,45 +132,106 @@ def test_residuals_far_outside_all_scales_stay_finite():
     assert float(mixture.scales.max()) == SCALES[-1]
 
 
-def test_the_unit_of_the_variances_does_not_matter():
+@pytest.mark.parametrize(
+    ("size", "unit", "rtol"),
+    [(0.0, 1024.0, 1e-9), (2.0**-20, 2.0**-10, 1e-3)],
+    ids=["no latent variance", "small latent variances"],
+)
+def test_the_unit_does_not_matter_where_latent_variances_are_small(size: float, unit: float, rtol: float):
+    # Elsewhere it does: inflation ends where the variance is that of standardised values.
     rng = np.random.default_rng(10)
-    residual, latent, noise = rng.standard_t(4, 600), rng.uniform(0, 1, 600), rng.uniform(0.5, 1, 600)
-    a, b = fit(residual, latent, noise), fit(1024.0 * residual, 1024.0**2 * latent, 1024.0**2 * noise)
+    latent, noise = size * rng.uniform(0, 1, 600), (size or 1.0) * rng.uniform(0.05, 0.1, 600)
+    residual = np.sqrt(4 * latent + noise) * rng.standard_t(6, 600)
+    a, b = fit(residual, latent, noise), fit(unit * residual, unit**2 * latent, unit**2 * noise)
     assert a.inflation == b.inflation
+    assert a.inflation in ((2.0, 4.0, 8.0) if size else INFLATIONS)
     assert torch.equal(a.scales, b.scales)
-    np.testing.assert_allclose(a.weights, b.weights, rtol=1e-9)
+    np.testing.assert_allclose(a.weights, b.weights, rtol=rtol)
+
+
+GRID = np.r_[0.0, np.logspace(-12, 3, 400), 1.0]
+
+
+@pytest.mark.parametrize("inflation", [1.0, 1.5, 4.0, 16.0])
+def test_an_inflation_of_at_least_one_never_shrinks(inflation: float):
+    grown = inflated(GRID, inflation)
+    assert (grown >= GRID).all()
+    assert (grown <= np.maximum(inflation * GRID, GRID)).all()
+    assert (grown[GRID < 1] <= 1).all()
+    np.testing.assert_array_equal(grown[GRID >= 1], GRID[GRID >= 1])
+    assert inflated(np.array([1.0]), inflation) == 1.0
+    if inflation == 1.0:
+        np.testing.assert_array_equal(grown, GRID)
+    else:
+        between = (GRID > 0) & (GRID < 1)
+        assert (grown[between] > GRID[between]).all()
+
+
+@pytest.mark.parametrize("inflation", [*INFLATIONS, 0.5])
+def test_inflated_variances_keep_their_order(inflation: float):
+    grown = inflated(np.sort(GRID), inflation)
+    assert (np.diff(grown) >= 0).all()
+    if inflation > 0:
+        assert (np.diff(inflated(np.linspace(1e-3, 2.0, 500), inflation)) > 0).all()
+
+
+@pytest.mark.parametrize("inflation", INFLATIONS)
+def test_small_variances_are_inflated_in_full(inflation: float):
+    small = np.logspace(-12, -6, 20)
+    np.testing.assert_allclose(inflated(small, inflation), inflation * small, rtol=2e-5)
+
+
+@pytest.mark.parametrize("inflation", [0.0, 0.3, 0.99])
+def test_an_inflation_below_one_is_a_factor(inflation: float):
+    np.testing.assert_array_equal(inflated(GRID, inflation), inflation * GRID)
+
+
+def test_each_variance_may_have_its_own_inflation():
+    variance, inflation = np.array([0.1, 0.1, 0.1, 2.0]), np.array([0.5, 1.0, 4.0, 4.0])
+    expected = [float(inflated(np.array(v), a)) for v, a in zip(variance, inflation, strict=True)]
+    np.testing.assert_array_equal(inflated(variance, inflation), expected)
+    np.testing.assert_allclose(expected, [0.05, 0.1, 0.4 / 1.3, 2.0], rtol=1e-14)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_other_weights_are_likelier(seed: int):
     """For each inflation, the weights by SciPy's SLSQP over the simplex; the best of all is what EM finds."""
     rng = np.random.default_rng(seed)
-    n = 250
-    latent, noise = rng.choice([0.0, 0.3, 2.0], n), rng.uniform(0.3, 1.0, n)
-    residual = np.sqrt(2 * latent + noise) * rng.standard_t(3 + seed, n)
+    n = 500
+    latent, noise = rng.choice([0.0, 0.02, 0.2], n), rng.uniform(0.02, 0.06, n)
+    residual = np.sqrt(inflated(latent, 4.0) + noise) * rng.standard_t(3 + seed, n)
     mixture = fit(residual, latent, noise)
     found = log_likelihood(mixture, residual, latent, noise)
     best = {}
     for inflation in INFLATIONS:
-        density = stats.norm.pdf(residual[:, None], scale=np.sqrt(inflation * latent + noise)[:, None] * SCALES)
-        best[inflation] = max(_simplex_optimum(density, start) for start in (1.0, 0.0))
+        unit = np.sqrt(inflated(latent, inflation) + noise)
+        density = stats.norm.pdf(residual[:, None], scale=unit[:, None] * SCALES)
+        best[inflation] = _simplex_optimum(density)
     assert mixture.inflation == max(best, key=best.__getitem__)
     assert found == pytest.approx(max(best.values()), abs=0.1)  # of a log-likelihood of about -400
 
 
-def _simplex_optimum(density: Array, start: float) -> float:
-    """Largest ``sum log(density @ w)`` over probabilities w: the logits of w are free (L-BFGS, then convex polish)."""
+def _simplex_optimum(density: Array) -> float:
+    """Largest ``sum log(density @ w)`` over probabilities w: a convex problem."""
+    size = density.shape[1]
+    top = density.max(axis=1, keepdims=True)
+    ratio = density / top
 
-    def negative(logits: Array) -> tuple[float, Array]:
-        w = np.exp(logits - logits.max())
-        w /= w.sum()
-        total = density @ w
-        gradient = (density / total[:, None]).sum(axis=0)
-        return -float(np.log(total).sum()), -w * (gradient - gradient @ w)
+    def negative(w: Array) -> tuple[float, Array]:
+        total = ratio @ w
+        return -float(np.log(total).mean()), -(ratio / total[:, None]).mean(axis=0)
 
-    x0 = -start * np.abs(np.log(SCALES))
-    result = optimize.minimize(negative, x0, jac=True, method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-13})
-    return -float(result.fun)
+    result = optimize.minimize(
+        negative,
+        np.full(size, 1 / size),
+        jac=True,
+        method="SLSQP",
+        bounds=[(0.0, 1.0)] * size,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
+        options={"maxiter": 2000, "ftol": 1e-12},
+    )
+    w = result.x.clip(0.0)
+    return float(np.log(density @ (w / w.sum())).sum())
 
 
 def test_the_conditions_of_an_optimum_hold():

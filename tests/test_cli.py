@@ -23,7 +23,7 @@ from probtensor.cli import app, fit
 from probtensor.data import resolve_axes
 from probtensor.datasets import load_il2
 from probtensor.demo import run_demo, split_rows
-from probtensor.kernels import Linear, Matern, Periodic
+from probtensor.kernels import Linear, Matern, Periodic, Sum, White
 from probtensor.metrics import rmse
 from probtensor.models import FunBaT  # the model, not the stand-in
 from probtensor.persistence import load, write_state
@@ -121,7 +121,7 @@ def test_fit_passes_the_table_and_every_setting_to_the_model(folder):
     options += ("--no-main-effects", "--starts", "5")
     result = run(*FIT, *options, "--duplicates", "mean", "--seed", "4", "--quiet", "--nu", "2.5")
     axes = Toy.made.settings.pop("axes")
-    assert axes == (ContinuousAxis("day", Matern(2.5)), CategoricalAxis("station"))
+    assert axes == (ContinuousAxis("day", Matern(2.5) + White()), CategoricalAxis("station"))
     assert Toy.made.settings == {
         **{"rank": (3, 2), "form": "cp", "max_iter": 9, "tol": 1e-3, "damping": 0.5, "likelihood": "gaussian"},
         **{"main_effects": False, "n_init": 5, "duplicates": "mean", "random_state": 4, "progress": False},
@@ -142,7 +142,10 @@ def test_settings_that_were_not_given_are_left_to_the_model(folder):
 
 def test_defaults_that_help_shows_are_those_of_the_model():
     model = {name: parameter.default for name, parameter in inspect.signature(FunBaT).parameters.items()}
-    model["nu"] = ContinuousAxis().kernel.nu
+    kernel = ContinuousAxis().kernel
+    assert isinstance(kernel, Sum)
+    model["nu"] = kernel.parts[0].nu
+    assert kernel == Matern(model["nu"]) + White()
     shown = {option.name: option.show_default for option in typer.main.get_command(app).commands["fit"].params}
     for name, option in {"n_init": "starts", "max_iter": "max_iter", "tol": "tol", "nu": "nu", "rank": "rank"}.items():
         assert shown[option].split(",")[0] == str(model[name])
@@ -163,8 +166,8 @@ def test_fit_says_what_each_column_was_taken_for(folder):
     Path("data.csv").write_text("day,when,week,station,value\n0.5,2024-01-31,1,007,1\n1.5,2024-02-01,2,12,2\n")
     lines = run(*FIT).stdout.splitlines()
     assert lines[:4] == [
-        "day: continuous, 2 coordinates from 0.5 to 1.5, Matern(nu=1.5)",
-        "when: continuous, 2 coordinates from 2024-01-31 00:00:00 to 2024-02-01 00:00:00, Matern(nu=1.5)",
+        "day: continuous, 2 coordinates from 0.5 to 1.5, Matern(nu=1.5) + White()",
+        "when: continuous, 2 coordinates from 2024-01-31 00:00:00 to 2024-02-01 00:00:00, Matern(nu=1.5) + White()",
         "week: categorical, 2 labels: 1, 2; if near numbers mean alike: --continuous week",
         "station: categorical, 2 labels: 007, 12",
     ]
@@ -196,7 +199,12 @@ def test_labels_that_are_named_categorical_stay_as_written(folder):
 def test_smoothness_of_one_column_overrules_that_of_all(folder):
     pd.DataFrame({"t": [0.5], "x": [1.5], "value": [1.0]}).to_csv("data.csv", index=False)
     run("fit", "data.csv", "--value", "value", "--out", "m", "--nu", "x=0.5", "--nu", "2.5")
-    assert [axis.kernel.nu for axis in Toy.made.settings["axes"]] == [2.5, 0.5]
+    assert [axis.kernel for axis in Toy.made.settings["axes"]] == [Matern(2.5) + White(), Matern(0.5) + White()]
+
+
+def test_the_default_smoothness_said_aloud_changes_nothing(folder):
+    run(*FIT, "--nu", "1.5")
+    assert Toy.made.settings["axes"][0] == ContinuousAxis("day")
 
 
 def test_ignored_columns_are_no_aspects(folder):
@@ -256,7 +264,7 @@ def test_info_shows_what_the_file_holds(folder):
         "bound on the log evidence   -12.500000",
         "iterations                  7",
         "converged                   yes (the bound changed by less than tol)",
-        "day: rank 3, continuous, 3 coordinates from 0.5 to 2.5, Matern(nu=1.5)",
+        "day: rank 3, continuous, 3 coordinates from 0.5 to 2.5, Matern(nu=1.5) + White()",
         "station: rank 3, categorical, 2 labels: ",
         "lengthscale                 0.5  2",
     ):

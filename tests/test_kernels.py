@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import probtensor as pt
-from probtensor.kernels import Kernel, Linear, Matern, Periodic, Sum, kernel_from_state
+from probtensor.kernels import Kernel, Linear, Matern, Periodic, Sum, White, kernel_from_state
 from probtensor.models import FunBaT
 
 KERNELS = [
@@ -20,6 +20,7 @@ KERNELS = [
     Linear(),
     Matern(2.5) + Periodic(7.0),
     Linear() + Matern(0.5) + Periodic(24.0, 3) + Periodic(168.0),
+    Matern(1.5) + White(),
 ]
 
 
@@ -32,7 +33,7 @@ def test_a_kernel_survives_json(kernel: Kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_is_written_as_it_is_made(kernel: Kernel):
-    names = {"Matern": Matern, "Periodic": Periodic, "Linear": Linear}
+    names = {"Matern": Matern, "Periodic": Periodic, "Linear": Linear, "White": White}
     assert eval(repr(kernel), names) == kernel
 
 
@@ -100,6 +101,19 @@ def test_a_sum_of_fewer_than_two_is_refused(parts: object):
         Sum(parts)
 
 
+@pytest.mark.parametrize("parts", [(White(), White()), (Matern(), White(), White()), (Matern() + White(), White())])
+def test_a_sum_of_two_white_parts_is_refused(parts: tuple[Kernel, ...]):
+    with pytest.raises(ValueError, match="parts: expected at most one White, got"):
+        Sum(parts)
+    with pytest.raises(ValueError, match="parts: expected at most one White, got"):
+        Linear() + sum(parts[1:], parts[0])
+
+
+def test_a_white_part_names_its_variance():
+    assert (White().hyperparameters, White().lengthscales) == (("variance",), ())
+    assert (White() + Matern()).hyperparameters == ("white_variance", "lengthscale", "variance")
+
+
 def test_a_sum_of_other_things_is_refused():
     with pytest.raises(ValueError, match=r"parts: expected kernels, got 2\.5"):
         Sum((Matern(), 2.5))
@@ -107,13 +121,13 @@ def test_a_sum_of_other_things_is_refused():
 
 @pytest.mark.parametrize("state", [{"kind": "RBF"}, {}])
 def test_a_state_of_another_kind_is_refused(state: dict[str, object]):
-    with pytest.raises(ValueError, match=r"state: expected a kind among .*'Sum'\], got"):
+    with pytest.raises(ValueError, match=r"state: expected a kind among \['Linear', .*'Sum', 'White'\], got"):
         kernel_from_state(state)
 
 
 def test_kernels_load_no_library():
     code = (
-        "import sys, probtensor as pt; pt.Matern() + pt.Periodic(7.0) + pt.Linear() == pt.Sum;"
+        "import sys, probtensor as pt; pt.Matern() + pt.Periodic(7.0) + pt.Linear() + pt.White() == pt.Sum;"
         "sys.exit(bool({'torch', 'numpy', 'pandas'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

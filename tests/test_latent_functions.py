@@ -9,7 +9,7 @@ from torch import Tensor
 
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.inference.kalman import Sites
-from probtensor.kernels import Kernel, Linear, Matern, Periodic
+from probtensor.kernels import Kernel, Linear, Matern, Periodic, White
 from probtensor.models.latent_functions import GaussianProcess, IndependentRows, LatentFunctions, latent_functions
 from tests.reference import (
     F64,
@@ -52,7 +52,7 @@ def moments_at(f: LatentFunctions, hyper: Tensor, sites: Sites, where: Tensor) -
 def test_posterior_at_the_data_equals_the_dense_process(nu: float, T: int):
     f, sites = GaussianProcess(TIMES[:T], Matern(nu)), sites_of(T)
     posterior, log_z = f.posterior(HYPER, sites)
-    mean, covariance = f.moments(HYPER, posterior)
+    mean, covariance = f.moments(HYPER, sites, posterior)
     expected_mean, expected_covariance, expected_log_z = dense_gp(nu, TIMES[:T], *HYPER.exp(), *sites)
     assert close(mean, expected_mean)
     assert close(covariance, blocks(expected_covariance))
@@ -145,6 +145,8 @@ KERNELS = [
     Matern(1.5) + Periodic(1.7, n_harmonics=3),
     Matern(0.5) + Linear(),
     Linear() + Periodic(2.0, n_harmonics=4) + Matern(2.5) + Periodic(0.3, n_harmonics=2),
+    Matern(1.5) + White(),
+    White() + Matern(0.5) + Periodic(1.7, n_harmonics=2),
 ]
 CLOSE_TIMES = f64([-1.0, 0.0, 0.3, 0.3 + 1e-9, 2.0, 5.5, 6.0])
 ANYWHERE = f64([7.0, 2.0, -3.0, 2.0, 0.1, 0.3 + 5e-10, -1.0 - 1e-9, 6.0, 30.0])
@@ -162,7 +164,7 @@ def test_posterior_of_every_kernel_equals_the_dense_process(kernel: Kernel, T: i
     times, sites, hyper = CLOSE_TIMES[:T], sites_of(T), hyper_of(kernel)
     f = GaussianProcess(times, kernel)
     posterior, log_z = f.posterior(hyper, sites)
-    mean, covariance = f.moments(hyper, posterior)
+    mean, covariance = f.moments(hyper, sites, posterior)
     expected = dense_posterior(dense_kernel_prior(kernel, times, hyper.exp(), times), *sites)
     assert close(mean, expected[0])
     assert close(covariance, blocks(expected[1]))
@@ -205,13 +207,14 @@ def test_draws_of_every_kernel_are_joint(kernel: Kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_kernel_starts_within_its_bounds_with_a_variance_of_one(kernel: Kernel, dtype: torch.dtype):
+def test_every_kernel_starts_within_its_bounds_with_smooth_parts_of_variance_one(kernel: Kernel, dtype: torch.dtype):
     f = GaussianProcess(CLOSE_TIMES.to(dtype), kernel)
     start, (lower, upper) = f.initial_hyperparameters(3), f.bounds(3)
     assert start.shape == lower.shape == (len(kernel.hyperparameters), 3)
     assert start.dtype == lower.dtype == dtype
     assert ((lower <= start) & (start <= upper) & (lower < upper)).all()
-    total = sum(value for name, value in f.named(start).items() if name.endswith("variance"))
+    smooth = {name: value for name, value in f.named(start).items() if name != "white_variance"}
+    total = sum(value for name, value in smooth.items() if name.endswith("variance"))
     assert close(total, torch.ones(3, dtype=dtype), 1e-6)
     chain = f.chain(start, f.coordinates)
     assert chain.matrix.dtype == chain.noise.dtype == chain.observe.dtype == dtype
@@ -248,7 +251,7 @@ def test_posterior_of_independent_rows_equals_the_dense_formula(size: int, R: in
     f, sites = IndependentRows(size, F0), sites_of(size, R)
     posterior, log_z = f.posterior(hyper, sites)
     mean, covariance, expected_log_z = dense_posterior(dense_rows(size, hyper), *sites)
-    moments = f.moments(hyper, posterior)
+    moments = f.moments(hyper, sites, posterior)
     assert close(moments.mean, mean, 1e-11)
     assert close(moments.covariance, blocks(covariance), 1e-11)
     assert close(log_z, expected_log_z, 1e-11)
@@ -266,7 +269,7 @@ def test_an_unknown_label_has_its_prior():  # case 15
     hyper, sites, f = f64([[0.3, -1.2]]), sites_of(4), IndependentRows(4, F0)
     where = torch.tensor([2, -1, 0, -1, 3])
     mean, covariance = moments_at(f, hyper, sites, where)
-    seen_mean, seen_covariance = f.moments(hyper, f.posterior(hyper, sites)[0])
+    seen_mean, seen_covariance = f.moments(hyper, sites, f.posterior(hyper, sites)[0])
     for i, label in enumerate(where.tolist()):
         known = label >= 0
         assert torch.equal(mean[i], seen_mean[label] if known else torch.zeros(2, dtype=F64))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from probtensor.calibration import ScaleMixture
+from probtensor.calibration import ScaleMixture, inflated
 from probtensor.models.observation import Observation, SeenCells
 from tests.reference import F64, f64
 
@@ -50,7 +50,7 @@ def draws(observation: Observation, n: int = 60_000) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     f = MEAN + VARIANCE.sqrt() * torch.randn(n, 4, generator=generator, dtype=F64)
     positions = None if observation.seen is None else POSITIONS
-    return observation.draw(f, MEAN, positions, list(POSITIONS.T.double()), generator).numpy()
+    return observation.draw(f, MEAN, VARIANCE, positions, list(POSITIONS.T.double()), generator).numpy()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,7 +102,8 @@ def test_draws_have_the_moments_of_the_predictive_distribution(case: str) -> Non
 def mixture_std(mixture: ScaleMixture, latent: float, noise: float) -> float:
     """Sum of the components' variances, one after the other."""
     pairs = zip(mixture.scales.tolist(), mixture.weights.tolist(), strict=True)
-    return sum(w * c**2 * (mixture.inflation * latent + noise) for c, w in pairs) ** 0.5
+    grown = float(inflated(np.array(latent), mixture.inflation))
+    return sum(w * c**2 * (grown + noise) for c, w in pairs) ** 0.5
 
 
 def test_calibrated_rows_have_the_mixture_of_their_kind() -> None:
@@ -152,9 +153,9 @@ def test_rows_of_one_cell_have_the_covariance_of_what_they_share(calibrated: boo
     generator = torch.Generator().manual_seed(1)
     cell = torch.tensor([0, 0, 1, 1, 2])
     f = mean + (variance.sqrt() * torch.randn(120_000, 3, generator=generator, dtype=F64)[:, cell])
-    y = observation.draw(f, mean, positions, list(positions.T.double()), generator).numpy()
-    inflation = 2.0 if calibrated else 1.0
-    latent = inflation * np.array([0.25 * 0.3, 0.25 * 0.3, 0.1, 0.1, 0.1])  # of f, which the rows of a cell share too
+    y = observation.draw(f, mean, variance, positions, list(positions.T.double()), generator).numpy()
+    latent = np.array([0.25 * 0.3, 0.25 * 0.3, 0.1, 0.1, 0.1])  # of f, which the rows of a cell share too
+    latent = inflated(latent, 2.0) if calibrated else latent
     shared = latent + np.array([0.1, 0.1, 0.6, 0.6, 0.6])
     expected = np.where(cell[:, None] == cell, shared[:, None], 0.0) + 0.4 * np.eye(5)
     np.testing.assert_allclose(np.cov(y, rowvar=False), expected, atol=0.02)
@@ -167,7 +168,8 @@ def test_rows_of_one_cell_share_their_weight() -> None:
     positions = torch.tensor([[0, 0], [0, 0], [1, 0]])
     mean = vector(0.0, 0.0, 0.0)
     f = torch.zeros(20_000, 3, dtype=F64)
-    y = observation.draw(f, mean, None, list(positions.T.double()), torch.Generator().manual_seed(0)).numpy()
+    generator = torch.Generator().manual_seed(0)
+    y = observation.draw(f, mean, torch.zeros_like(mean), None, list(positions.T.double()), generator).numpy()
     assert np.abs(y[:, 0] - y[:, 1]).max() < 1.0 < np.abs(y[:, 0]).max()
     far = np.abs(y[:, 0]) > np.quantile(np.abs(y[:, 0]), 0.95)
     assert np.abs(y[far, 1]).min() > 2.0
@@ -184,7 +186,7 @@ def test_no_row_has_no_distribution_and_no_draw() -> None:
         none, positions = vector(), torch.empty(0, 2, dtype=torch.int64)
         assert observation.predictive(none, none, positions).mean.shape == (0,)
         empty = [x.double() for x in positions.T]
-        drawn = observation.draw(torch.zeros(3, 0, dtype=F64), none, positions, empty, torch.Generator())
+        drawn = observation.draw(torch.zeros(3, 0, dtype=F64), none, none, positions, empty, torch.Generator())
         assert drawn.shape == (3, 0)
 
 

@@ -1,0 +1,101 @@
+"""Time of a sweep against the number of rows, and on a GPU against what its memory allows."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from probtensor.contract import packed_size
+from probtensor.gaussian import Gamma
+from probtensor.kernels import Matern
+from probtensor.models.functional_state import Rows, State
+from probtensor.models.functional_table import in_groups
+from probtensor.models.functional_tucker import FunctionalTucker
+from probtensor.models.latent_functions import GaussianProcess
+
+__all__ = ["scale_lines"]
+
+
+def scale_lines(
+    device: str, sizes: Sequence[int], *, rank: int, coordinates: int, dtype: torch.dtype, repeats: int = 5
+) -> list[str]:
+    """Markdown lines: seconds of one CP sweep of three modes with Gaussian noise, for each number of rows.
+
+    Two floors, from the bandwidth of a copy on the same device: every number of the rows read once a mode; and with
+    it the other modes' moments, once a row, as if no cache helped.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    functions = tuple(
+        GaussianProcess(torch.linspace(0, 1, coordinates, dtype=dtype, device=device), Matern(1.5)) for _ in range(3)
+    )
+    one = torch.ones((), dtype=dtype, device=device)
+    free = (torch.ones(rank, dtype=torch.bool, device=device),) * 3
+    model = FunctionalTucker(functions, free, "cp", Gamma(one, one), learn=False)
+    speed = _bandwidth(device)
+    item = torch.finfo(dtype).bits // 8
+    index = 4 if device.startswith("cuda") else 8
+    a_row = 3 * (index * 3 + item)
+    moments = 3 * 2 * (packed_size(rank) + rank) * item
+    lines = [
+        f"copy: {speed / 1e12:.3f} TB/s; bytes a row and sweep: {a_row} (three modes, each {3} indexes of {index} and a "
+        f"value of {item}), with gathered moments {a_row + moments} (3 x 2 x {packed_size(rank) + rank} x {item} more)",
+        "",
+        "| rows | seconds a sweep | of it sums over rows | nanoseconds a row | rows' floor, s | share | "
+        "floor with moments, s | share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for n in sizes:
+        positions = torch.randint(coordinates, (3, n), generator=generator, device=device)
+        values = torch.randn(n, generator=generator, dtype=dtype, device=device)
+        rows = in_groups(model, Rows(positions, values))
+        statistics_ = model.local_start(rows)
+        state = model.start(statistics_, torch.Generator().manual_seed(0))
+        whole, sums = [], []
+        for _ in range(repeats + 1):
+            taken, state = _sweep(model, state, rows)
+            whole.append(taken[0])
+            sums.append(taken[1])
+        seconds, of_it = statistics.median(whole[1:]), statistics.median(sums[1:])
+        floors = [n * bytes_ / speed for bytes_ in (a_row, a_row + moments)]
+        cells = [f"{n:,}", f"{seconds:.4f}", f"{of_it:.4f}", f"{1e9 * seconds / n:.2f}"]
+        for floor in floors:
+            cells += [f"{floor:.4f}", f"{100 * floor / seconds:.0f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+@torch.no_grad()
+def _sweep(model: FunctionalTucker, state: State, rows: Rows) -> tuple[tuple[float, float], State]:
+    """Seconds of a sweep, and of its sums over rows; the state after it."""
+    start, of_it = _now(rows), 0.0
+    for block in model.blocks:
+        before = _now(rows)
+        total = model.local_statistics(state, block, rows)
+        of_it += _now(rows) - before
+        state = model.update(state, block, total)
+    state, _ = model.end_sweep(state, rows)
+    float(model.bound(state))
+    return (_now(rows) - start, of_it), state
+
+
+def _now(rows: Rows) -> float:
+    if rows.values.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _bandwidth(device: str) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.ones(2**28, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * source.numel() * 4 / min(seconds[1:])
