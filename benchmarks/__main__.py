@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import probtensor as pt
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
+from benchmarks.scale import scale_lines
 from benchmarks.splits import count_references, count_table, funbat, funbat_counts, reference_methods, table
 from probtensor.demo import split_rows
 from probtensor.inference import kalman
@@ -198,6 +199,23 @@ def smoother(
         one_by_one = _timed(lambda: _sequential(chain, sites, steps), device) * T / steps  # noqa: B023
         lines.append(f"| {T:,} | {seconds:.4f} | {one_by_one:.2f} | {one_by_one / seconds:.0f} |")
     _report([f"{_machine(device)}, Matern nu = {nu}, {rank} coupled functions, float64", "", *lines], out)
+
+
+@app.command()
+def scale(
+    device: str = "cpu",
+    sizes: str = "100000,1000000,10000000",
+    rank: int = 8,
+    coordinates: int = 1000,
+    dtype: Literal["float32", "float64"] = "float64",
+    out: Out = None,
+) -> None:
+    """Seconds of a CP sweep of three modes against the number of rows, beside what the memory's bandwidth allows."""
+    chosen = {"float32": torch.float32, "float64": torch.float64}[dtype]
+    numbers = [int(size) for size in sizes.split(",")]
+    lines = scale_lines(device, numbers, rank=rank, coordinates=coordinates, dtype=chosen)
+    title = f"{_machine(device)}, rank {rank}, {coordinates:,} coordinates a mode, {dtype}"
+    _report([f"{title}; {torch.get_num_threads()} threads", "", *lines], out)
 
 
 @app.command()

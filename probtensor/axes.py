@@ -23,7 +23,6 @@ from probtensor.kernels import Kernel, Matern, White, kernel_from_state
 SMOOTH = Matern(1.5) + White()  # what is believed where nothing is said
 
 
-
 @dataclass(frozen=True, eq=False)
 class Axis(ABC):
     """What the index of one mode means. Use `ContinuousAxis` or `CategoricalAxis`.
@@ -144,7 +143,8 @@ class ContinuousAxis(Axis):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.kernel, Kernel) or isinstance(self.kernel, White):
+        kernel: object = self.kernel
+        if not isinstance(kernel, Kernel) or isinstance(kernel, White):
             raise ValueError(
                 f"kernel: expected Matern, Periodic, Linear or a sum of these and White, got {self.kernel!r}; "
                 "coordinates without any order are a CategoricalAxis"

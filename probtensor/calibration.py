@@ -3,9 +3,9 @@
 A factorised posterior is too sure of itself: it leaves out how the modes' uncertainties hang together. The cure is
 empirical. Rows held out from a fit give residuals ``r_n`` beside the model's own variances, ``v_n`` of the noise-free
 entry and ``s_n`` of the noise. The residuals are taken as draws of ``N(0, c_j^2 (a v_n + s_n))`` with probability
-``p_j`` (for the inflation ``a`` of large ``v_n`` see `inflated`): a scale mixture of normals, any symmetric bell with tails as heavy, or a peak as sharp, as the residuals have.
-The inflation ``a``, the scales ``c_j`` and their probabilities are those of highest likelihood; for fixed scales that
-is a concave problem, which EM solves.
+``p_j`` (where ``v_n`` is large, `inflated` has less of the inflation ``a``): a scale mixture of normals, any symmetric
+bell with tails as heavy, or a peak as sharp, as the residuals have. The inflation ``a``, the scales ``c_j`` and their
+probabilities are those of highest likelihood; for fixed scales that is a concave problem, which EM solves.
 
 References
 ----------

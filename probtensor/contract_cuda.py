@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
 __all__ = ["Grouped", "cp_sums", "group_rows"]
@@ -119,17 +119,17 @@ def cp_sums(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _cp_sums(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    first,  # noqa: ANN001
-    last,  # noqa: ANN001
-    order,  # noqa: ANN001
-    others,  # noqa: ANN001
-    n,  # noqa: ANN001
-    table,  # noqa: ANN001
-    values,  # noqa: ANN001
-    weights,  # noqa: ANN001
-    out,  # noqa: ANN001
-    packed,  # noqa: ANN001
+def _cp_sums(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    order,
+    others,
+    n,
+    table,
+    values,
+    weights,
+    out,
+    packed,
     PACKED_AND_RANK: tl.constexpr,
     WIDTH: tl.constexpr,
     WEIGHTED: tl.constexpr,
