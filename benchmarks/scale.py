@@ -38,8 +38,8 @@ def scale_lines(
     a_row = 3 * (index * 3 + item)
     moments = 3 * 2 * (packed_size(rank) + rank) * item
     lines = [
-        f"copy: {speed / 1e12:.3f} TB/s; bytes a row and sweep: {a_row} (three modes, each 3 indexes of {index} and "
-        f"a value of {item}), with gathered moments {a_row + moments} (3 x 2 x {packed_size(rank) + rank} x {item} more)",
+        f"copy: {speed / 1e12:.3f} TB/s; a row and sweep: {a_row} bytes (each mode 3 indexes of {index} and a "
+        f"value of {item}), with moments {a_row + moments} (3 x 2 x {packed_size(rank) + rank} x {item} more)",
         "",
         "| rows | seconds a sweep | of it sums over rows | nanoseconds a row | rows' floor, s | share | "
         "floor with moments, s | share |",
