@@ -118,7 +118,7 @@ class FunBaT(TensorRegressor):
     core_ : ndarray, shape rank_ (plus one a mode with main effects), or None
         Mean of the Tucker core, in standardised units; column 0 of a mode is the constant.
     hyperparameters_ : dict
-        For each mode's name, a dict of arrays: "variance" and, by kernel, "lengthscale" in the unit of the axis.
+        For each mode's name, a dict of arrays (R,): "variance"; by kernel "lengthscale", in the axis's unit, and more.
     axes_, y_mean_, y_scale_, n_features_in_, feature_names_in_
         See `TensorRegressor`.
 

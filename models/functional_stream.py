@@ -23,7 +23,7 @@ from probtensor.inference.maximize import maximize
 from probtensor.likelihoods import Entries, StudentT
 from probtensor.models.functional_fit import everywhere, look_at_cells
 from probtensor.models.functional_state import Past, Rows, State
-from probtensor.models.functional_table import Table, table_rows
+from probtensor.models.functional_table import Table, in_groups, table_rows
 from probtensor.models.functional_tucker import LEARN_STEPS, FunctionalTucker
 from probtensor.models.latent_functions import LatentFunctions
 from probtensor.models.observation import SeenCells
@@ -94,7 +94,7 @@ def absorb(
         Earlier and new cells, on every rank.
     """
     likelihood = model.likelihood
-    rows, cells = table_rows(model, table) if seen is None else _with_earlier_rows(seen, table)
+    rows, cells = table_rows(model, table) if seen is None else _with_earlier_rows(model, seen, table)
     counted = rows.precision if rows.entries is None else rows.entries.count
     weight = torch.ones_like(rows.values) if counted is None else counted
     n_new, square = comm.sum(torch.stack([weight.sum(), (weight * rows.values**2).sum()]))
@@ -140,7 +140,7 @@ def absorb(
     return state._replace(past=None, n_rows=n_new + n_old, squared_error=total), seen
 
 
-def _with_earlier_rows(seen: SeenCells, table: Table) -> tuple[Rows, Tensor]:
+def _with_earlier_rows(model: FunctionalTucker, seen: SeenCells, table: Table) -> tuple[Rows, Tensor]:
     """The table's cells with all rows they ever had, and their positions (C, K)."""
     new = merge_rows(table.positions, table.values, table.count, table.precision)
     known = find_cells(seen.positions, new.positions)
@@ -152,7 +152,7 @@ def _with_earlier_rows(seen: SeenCells, table: Table) -> tuple[Rows, Tensor]:
     scatter = before.scatter + new.entries.scatter + step**2 * before.weight * new.entries.weight / weight
     count, log_weight = before.count + new.entries.count, before.log_weight + new.entries.log_weight
     merged = Entries(count, weight, value, scatter, log_weight)
-    return Rows(new.positions.T.contiguous(), value, None, merged, before), new.positions
+    return in_groups(model, Rows(new.positions.T.contiguous(), value, None, merged, before)), new.positions
 
 
 def _joined(seen: SeenCells, new: SeenCells | None) -> SeenCells:

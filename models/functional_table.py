@@ -123,8 +123,10 @@ def in_groups(model: FunctionalTucker, rows: Rows) -> Rows:
     """The rows, for the CP form on a GPU in the order of each mode too."""
     if model.form != "cp" or len(model.functions) < 2 or not rows.values.is_cuda:
         return rows
-    from probtensor.contract_cuda import group_rows  # it needs Triton, which only CUDA builds of torch bring
+    from probtensor.contract_cuda import MAX_ROWS, group_rows  # it needs Triton, which only CUDA builds of torch bring
 
+    if rows.values.shape[0] > MAX_ROWS:
+        return rows
     return rows._replace(groups=group_rows(rows.positions, [f.size for f in model.functions]))
 
 

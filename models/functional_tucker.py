@@ -53,7 +53,8 @@ from probtensor.models.latent_functions import GaussianProcess, LatentFunctions,
 
 __all__ = ["FunctionalTucker"]
 
-CHUNK = 2**21  # numbers in the largest temporary of one chunk of rows
+CHUNK = 2**18  # numbers in the largest temporary of one chunk of rows: several of these stay in a core's cache
+GPU_CHUNK = 2**26  # there, each chunk costs launches
 WARM_UP = 4  # sweeps before noise and hyperparameters move, so that no start is explained away as noise
 LEARN_EVERY = 2  # sweeps from one step of the hyperparameters to the next
 LEARN_STEPS = 3  # iterations of the optimiser in one such step
@@ -185,7 +186,7 @@ class FunctionalTucker:
         else:
             structure, rank = self.structure(state), self.ranks[block]
             total = rows.values.new_zeros(self.functions[block].size, packed_size(rank) + rank)
-        for chunk in self.chunks(rows.values.shape[0]):
+        for chunk in self.chunks(rows.values):
             positions, y = rows.positions[:, chunk], rows.values[chunk]
             weight = None if rows.precision is None else rows.precision[chunk]
             means = [f.mean.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)]
@@ -264,7 +265,7 @@ class FunctionalTucker:
         """Mean and variance (n,) of ``f``, offset included, at the rows."""
         structure = self.structure(state)
         means, variances = rows.values.new_empty(rows.values.shape), rows.values.new_empty(rows.values.shape)
-        for chunk in self.chunks(rows.values.shape[0]):
+        for chunk in self.chunks(rows.values):
             positions = rows.positions[:, chunk]
             mean = structure.mean([f.mean.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)])
             second = structure.second(
@@ -315,7 +316,7 @@ class FunctionalTucker:
         moments = [self._with_ones(k, self.functions_at(state, k, x)) for k, (x, _) in enumerate(unique)]
         structure = self.structure(state)
         parts = []
-        for chunk in self.chunks(coordinates[0].shape[0]):
+        for chunk in self.chunks(coordinates[0]):
             means = [m.index_select(0, i[chunk]) for (m, _), (_, i) in zip(moments, unique, strict=True)]
             seconds = [s.index_select(0, i[chunk]) for (_, s), (_, i) in zip(moments, unique, strict=True)]
             mean = structure.mean(means)
@@ -327,7 +328,8 @@ class FunctionalTucker:
         """Moments of a mode's latent functions at coordinates (n,)."""
         factor = state.factors[mode]
         f, rank = self.functions[mode], factor.log_hyperparameters.shape[1]
-        step = max(CHUNK // (f.state_size(rank) if isinstance(f, GaussianProcess) else rank) ** 2, 1)
+        width = (f.state_size(rank) if isinstance(f, GaussianProcess) else rank) ** 2
+        step = max((GPU_CHUNK if where.is_cuda else CHUNK) // width, 1)
         parts = [
             f.at(factor.log_hyperparameters, factor.sites, factor.posterior, where[a : a + step])
             for a in range(0, max(len(where), 1), step)
@@ -430,9 +432,9 @@ class FunctionalTucker:
         variance = torch.stack(parts).sum(0)
         return -(shape * variance.log() + rate / variance).sum()
 
-    def chunks(self, n: int) -> Iterator[slice]:
-        """Slices of n rows, each small enough for its largest temporary."""
+    def chunks(self, like: Tensor) -> Iterator[slice]:
+        """Slices of the rows of a tensor (n,), each small enough for its largest temporary."""
         packed = [packed_size(r) for r in self.ranks]
         width = math.prod(packed) // min(packed) if self.form == "tucker" else packed[0]
-        step = max(CHUNK // width, 1)
+        n, step = like.shape[0], max((GPU_CHUNK if like.is_cuda else CHUNK) // width, 1)
         return (slice(first, first + step) for first in range(0, max(n, 1), step))

@@ -38,7 +38,7 @@ def contributions(model: FunctionalTucker, state: State, rows: Rows, comm: Comm)
     squares = [factor.second[:, diagonal][:, every] for factor in state.factors]
     R = int(every.sum())
     total = rows.values.new_zeros(R + 1)
-    for chunk in model.chunks(rows.values.shape[0]):
+    for chunk in model.chunks(rows.values):
         product = torch.ones_like(rows.values[chunk])[:, None].expand(-1, R)
         for square, position in zip(squares, rows.positions[:, chunk], strict=True):
             product = product * square.index_select(0, position)

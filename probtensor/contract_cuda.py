@@ -13,10 +13,11 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-__all__ = ["Grouped", "cp_sums", "group_rows"]
+__all__ = ["MAX_ROWS", "Grouped", "cp_sums", "group_rows"]
 
+MAX_ROWS = 2**31 - 1  # on one GPU; positions are int32
 PIECE = 2048  # rows of one program at most
-BLOCK = 16  # rows at a time
+TILE = 1024  # numbers that one program works on at a time
 
 
 class Grouped(NamedTuple):
@@ -47,7 +48,7 @@ def group_rows(positions: Tensor, sizes: Sequence[int]) -> tuple[Grouped, ...]:
     Parameters
     ----------
     positions : Tensor, shape (K, n), int64
-        On a GPU; n below 2^31.
+        On a GPU; n at most `MAX_ROWS`.
     sizes : sequence of int
         Coordinates of each mode.
 
@@ -94,6 +95,7 @@ def cp_sums(
     Tensor, shape (T, R (R + 1) / 2 + R)
     """
     packed, rank = seconds[0].shape[1], means[0].shape[1]
+    width = triton.next_power_of_2(packed + rank)
     table = torch.cat([torch.cat([s, m], dim=1) for s, m in zip(seconds, means, strict=True)])
     out = values.new_empty(len(grouped.first), packed + rank)
     if len(grouped.first):
@@ -109,10 +111,10 @@ def cp_sums(
             out,
             packed,
             PACKED_AND_RANK=packed + rank,
-            WIDTH=triton.next_power_of_2(packed + rank),
+            WIDTH=width,
             WEIGHTED=weights is not None,
             OTHERS=grouped.others.shape[0],
-            ROWS=BLOCK,
+            ROWS=max(TILE // width, 1),
         )
     sums: Tensor = torch.segment_reduce(out, "sum", lengths=grouped.pieces, unsafe=True)
     return sums

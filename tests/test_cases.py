@@ -279,9 +279,8 @@ def test_the_bound_never_falls_in_any_update(form, main_effects, n_times):
         for _ in range(10):
             for block in model.blocks:
                 state = model.update(state, block, model.local_statistics(state, block, rows))
-                if block != "core" and (
-                    bounds or block == model.blocks[-1]
-                ):  # it needs all blocks, and their squared error
+                complete = bounds or block == model.blocks[-1]  # the bound needs every block, and its squared error
+                if complete and block != "core":
                     bounds.append(float(model.bound(state)))
             state, rows = model.end_sweep(state, rows)
             bounds.append(float(model.bound(state)))
