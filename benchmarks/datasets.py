@@ -32,6 +32,32 @@ class Fold(NamedTuple):
     inner: Mask
 
 
+class NumberedColumns:
+    """Tables as matrices: columns of numbers as they are, labels numbered as in the first table.
+
+    Attributes
+    ----------
+    labels : dict
+        The labels of each column that has them, by its place.
+    """
+
+    def __init__(self, X: Any) -> None:
+        self.labels: dict[int, pd.Index] = {
+            k: pd.Index(sorted(set(column)))
+            for k, column in enumerate(self._of(X))
+            if not pd.api.types.is_numeric_dtype(column)
+        }
+
+    def __call__(self, X: Any) -> Floats:
+        """The matrix (n, columns) of a table; -1 is a label that was not seen."""
+        columns = [self.labels[k].get_indexer(c) if k in self.labels else c for k, c in enumerate(self._of(X))]
+        return np.column_stack([np.asarray(column, dtype=np.float64) for column in columns])
+
+    @staticmethod
+    def _of(X: Any) -> list[Any]:
+        return list(X.T) if isinstance(X, np.ndarray) else [X[name] for name in X.columns]
+
+
 def load_fold(folder: Path, name: str, fold: int) -> tuple[Floats, Floats, Floats, Floats]:
     """Coordinates and values of the training and the test rows of a published fold."""
     with np.load(folder / f"{name}.npz", allow_pickle=False) as data:

@@ -1,43 +1,30 @@
-"""References that a model of a table must beat: means, additive effects, trees, neighbours, a sparse Gaussian process.
+"""References that a model of a table must beat: means, additive effects, trees, neighbours.
 
 All have one protocol: ``fit(X, y, inner)``, ``predict(X) -> mean, std or None``, ``score(X, y)``. What a reference
 chooses (shrinkage, scales, the size of its errors) it chooses on the training rows marked by `inner`, which are held
 out the way the test rows are; then it is fitted to all training rows. Test rows are never looked at.
 """
 
-import importlib
 import itertools
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
-from scipy import optimize, special, stats
 from scipy.sparse import csr_array, hstack
 from scipy.sparse.linalg import lsmr
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.neighbors import KNeighborsRegressor
 
-from benchmarks.datasets import Floats, Mask, distinct, held_out
-from probtensor.metrics import crps_gaussian
+from benchmarks.datasets import Floats, Mask, NumberedColumns, distinct, held_out
+from benchmarks.scores import Score, both, gaussian_score, student_fit, student_score
+from benchmarks.sparse_gp import SparseGaussianProcess
 
 Columns = tuple[int, ...]
 LEAST_SCALE = 0.01  # of the errors, in standard deviations of y: duplicated rows would make any density infinite
 FEW = 30  # inner rows of one level below which its errors are pooled with all others
-
-
-class Score(NamedTuple):
-    """Means over test rows; what the form of the errors decides has a value for each form (Gaussian, Student)."""
-
-    rmse: float
-    mae: float
-    nll: tuple[float, ...] = ()
-    crps: tuple[float, ...] = ()
-    inside_95: tuple[float, ...] = ()
-    inside_50: tuple[float, ...] = ()
 
 
 class Method(Protocol):
@@ -53,15 +40,15 @@ class Method(Protocol):
         """Score on test rows."""
 
 
-class Reference:
+class Reference(ABC):
     """What the references share: settings chosen on inner rows, then the size of the errors there, then all rows."""
 
     settings: Sequence[Any] = (None,)
 
     def fit(self, X: Any, y: Floats, inner: Mask | None = None) -> Self:
         """Fit to training rows; without `inner`, settings are chosen on a random fifth of them."""
-        self._labels: dict[int, pd.Index] = {}
-        table = self._table(X, learn=True)
+        self._columns = NumberedColumns(X)
+        table = self._columns(X)
         if inner is None:
             inner = held_out(np.arange(len(y)), 0)
         outer = ~inner
@@ -73,20 +60,22 @@ class Reference:
 
     def predict(self, X: Any) -> tuple[Floats, Floats | None]:
         """Mean, and the standard deviation of Gaussian errors."""
-        table = self._table(X)
+        table = self._columns(X)
         return self._mean(table), self._std(table)
 
     def score(self, X: Any, y: Floats) -> Score:
         """Score with Gaussian errors and with Student errors."""
-        table = self._table(X)
+        table = self._columns(X)
         mean, (nu, scale) = self._mean(table), self._errors.student(self._level(table))
         return both(gaussian_score(y, mean, self._std(table)), student_score(y, mean, scale, nu))
 
+    @abstractmethod
     def _fit(self, X: Floats, y: Floats, setting: Any) -> None:
-        raise NotImplementedError
+        """Fit to rows with one setting."""
 
+    @abstractmethod
     def _mean(self, X: Floats) -> Floats:
-        raise NotImplementedError
+        """Predict rows."""
 
     def _std(self, X: Floats) -> Floats:
         return self._errors.std(self._level(X))
@@ -104,17 +93,6 @@ class Reference:
     def _inner_error(self, X: Floats, y: Floats, inner: Mask, setting: Any) -> float:
         self._fit(X[~inner], y[~inner], setting)
         return float(np.mean((y[inner] - self._mean(X[inner])) ** 2))
-
-    def _table(self, X: Any, learn: bool = False) -> Floats:
-        """Columns of numbers as they are, labels numbered as in training; -1 is a label that was not seen."""
-        columns = []
-        for k, column in enumerate(X.T if isinstance(X, np.ndarray) else (X[name] for name in X.columns)):
-            if not isinstance(X, np.ndarray) and not pd.api.types.is_numeric_dtype(column):
-                if learn:
-                    self._labels[k] = pd.Index(sorted(set(column)))
-                column = self._labels[k].get_indexer(column)
-            columns.append(np.asarray(column, dtype=np.float64))
-        return np.column_stack(columns)
 
 
 class GroupMeans(Reference):
@@ -222,7 +200,7 @@ class Trees(Reference):
             max_leaf_nodes=setting[1],
             early_stopping=False,
             random_state=0,
-            categorical_features=sorted(self._labels) or None,
+            categorical_features=sorted(self._columns.labels) or None,
         )
         self._model.fit(X, y)
 
@@ -254,76 +232,7 @@ class Neighbours(Reference):
         return X[:, :3] * scale
 
 
-class SparseGaussianProcess(Reference):
-    """GPyTorch's stochastic variational Gaussian process on the first three columns, with its own Gaussian noise.
-
-    Matérn 3/2 with one lengthscale a column, inducing points that start at random training rows and move, Adam on
-    minibatches. Stops after `n_steps` or `seconds`, whichever comes first: a slower machine may get a worse fit.
-    """
-
-    def __init__(
-        self, n_inducing: int = 500, n_steps: int = 500, seconds: float = 60.0, batch: int = 512, seed: int = 0
-    ) -> None:
-        self.n_inducing, self.n_steps, self.seconds, self.batch, self.seed = n_inducing, n_steps, seconds, batch, seed
-
-    def fit(self, X: Any, y: Floats, inner: Mask | None = None) -> Self:
-        """Fit to all rows at once: nothing is chosen on inner rows."""
-        self._labels = {}
-        self._fit(self._table(X, learn=True), y, None)
-        return self
-
-    def score(self, X: Any, y: Floats) -> Score:
-        """Score of the Gaussian prediction."""
-        mean, std = self.predict(X)
-        assert std is not None
-        return gaussian_score(y, mean, std)
-
-    def _fit(self, X: Floats, y: Floats, setting: Any) -> None:
-        gpytorch = _gpytorch()
-        self._centre, self._scale = X[:, :3].mean(0), X[:, :3].std(0)
-        self._y_centre, self._y_scale = float(y.mean()), float(y.std())
-        inputs = self._inputs(X)
-        targets = torch.from_numpy((y - self._y_centre) / self._y_scale).float()
-        with torch.random.fork_rng():  # GPyTorch draws from the global generator, at its first evaluation too
-            torch.manual_seed(self.seed)
-            places = torch.unique(inputs, dim=0)
-            first = places[torch.randperm(len(places))[: self.n_inducing]]
-            self._model, self._likelihood = _variational(gpytorch, first), gpytorch.likelihoods.GaussianLikelihood()
-            objective = gpytorch.mlls.VariationalELBO(self._likelihood, self._model, num_data=len(y))
-            self._train(objective, inputs, targets)
-        self._model.eval()
-        self._likelihood.eval()
-
-    def _train(self, objective: Any, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        optimizer = torch.optim.Adam([*self._model.parameters(), *self._likelihood.parameters()], lr=0.05)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.n_steps, eta_min=1e-3)
-        end, self.n_steps_ = time.perf_counter() + self.seconds, 0
-        while True:
-            for rows in torch.split(torch.randperm(len(targets)), self.batch):
-                if self.n_steps_ >= self.n_steps or time.perf_counter() >= end:
-                    return
-                optimizer.zero_grad()
-                loss = -objective(self._model(inputs[rows]), targets[rows])
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                self.n_steps_ += 1
-
-    def _inputs(self, X: Floats) -> torch.Tensor:
-        return torch.from_numpy((X[:, :3] - self._centre) / self._scale).float()
-
-    def _moments(self, X: Floats) -> tuple[Floats, Floats]:
-        with torch.no_grad():
-            found = [self._likelihood(self._model(rows)) for rows in torch.split(self._inputs(X), 2048)]
-        mean = torch.cat([f.mean for f in found]).double().numpy() * self._y_scale + self._y_centre
-        return mean, torch.cat([f.variance for f in found]).double().sqrt().numpy() * self._y_scale
-
-    def predict(self, X: Any) -> tuple[Floats, Floats | None]:
-        """Mean and standard deviation of a new observation."""
-        return self._moments(self._table(X))
-
-
-def references(name: str, *, station: bool = False) -> dict[str, Callable[[], Reference]]:
+def references(name: str, *, station: bool = False) -> dict[str, Callable[[], Method]]:
     """Makers of the references for a FunBaT set; with `station`, of those that also use a fourth column, the station.
 
     Beijing's days and US places are what rows share; "day" is the third coordinate, a place the first two.
@@ -362,43 +271,6 @@ def references(name: str, *, station: bool = False) -> dict[str, Callable[[], Re
     }
 
 
-def gaussian_score(y: Floats, mean: Floats, std: Floats) -> Score:
-    """Score normal predictions."""
-    z = (y - mean) / std
-    nll = float(np.mean(0.5 * z**2 + np.log(std) + 0.5 * np.log(2 * np.pi)))
-    inside = [float(np.mean(np.abs(z) <= stats.norm.ppf(0.5 + level / 2))) for level in (0.95, 0.5)]
-    return Score(*point_errors(y, mean), (nll,), (crps_gaussian(y, mean, std),), (inside[0],), (inside[1],))
-
-
-def student_score(y: Floats, mean: Floats, scale: Floats, nu: Floats) -> Score:
-    """Score Student predictions with `nu` degrees of freedom; `scale` is not their standard deviation."""
-    z = (y - mean) / scale
-    nll = float(np.mean(np.log(scale) - stats.t.logpdf(z, nu)))
-    inside = [float(np.mean(np.abs(z) <= stats.t.ppf(0.5 + level / 2, nu))) for level in (0.95, 0.5)]
-    crps = float(np.mean(scale * student_crps(z, nu)))
-    return Score(*point_errors(y, mean), (nll,), (crps,), (inside[0],), (inside[1],))
-
-
-def student_crps(z: Floats, nu: Floats) -> Floats:
-    """Continuous ranked probability score of the standard Student distribution at z, for more than 1 degree of freedom.
-
-    Jordan, Krüger, Lerch (2019), Evaluating Probabilistic Forecasts with scoringRules, appendix A.
-    """
-    spread = 2 * np.sqrt(nu) / (nu - 1) * np.exp(special.betaln(0.5, nu - 0.5) - 2 * special.betaln(0.5, nu / 2))
-    score: Floats = z * (2 * stats.t.cdf(z, nu) - 1) + 2 * stats.t.pdf(z, nu) * (nu + z**2) / (nu - 1) - spread
-    return score
-
-
-def point_errors(y: Floats, mean: Floats) -> tuple[float, float]:
-    """Root mean squared and mean absolute error."""
-    return float(np.sqrt(np.mean((y - mean) ** 2))), float(np.mean(np.abs(y - mean)))
-
-
-def both(a: Score, b: Score) -> Score:
-    """One score with the values of two forms of errors."""
-    return Score(a.rmse, a.mae, *(one + other for one, other in zip(a[2:], b[2:], strict=True)))
-
-
 class _Errors:
     """Size and form of the errors on inner rows, apart for each level that enough of the rows have."""
 
@@ -419,24 +291,6 @@ class _Errors:
         return np.asarray([f[0] for f in found]), np.asarray([f[1] for f in found])
 
 
-def student_fit(residual: Floats, least: float) -> tuple[float, float]:
-    """Most likely degrees of freedom (1.5 to 200) and scale (`least` or more) of residuals around zero."""
-    start = max(float(np.median(np.abs(residual))), least)
-
-    def cost(theta: Floats) -> float:
-        nu, scale = np.exp(theta)
-        return float(np.log(scale) - np.mean(stats.t.logpdf(residual / scale, nu)))
-
-    found = optimize.minimize(
-        cost,
-        np.log([4.0, start]),
-        method="L-BFGS-B",
-        bounds=[(np.log(1.5), np.log(200.0)), (np.log(least), np.log(max(np.abs(residual).max(), 2 * least)))],
-    )
-    nu, scale = np.exp(found.x)
-    return float(nu), float(scale)
-
-
 def _group_means(keys: Floats, y: Floats) -> tuple[pd.MultiIndex | None, Floats]:
     """The distinct rows of the keys, and the mean of y over each; None where there are no columns."""
     if keys.shape[1] == 0:
@@ -451,30 +305,3 @@ def _positions(labels: pd.MultiIndex | None, keys: Floats) -> npt.NDArray[np.int
     if labels is None:
         return np.zeros(len(keys), dtype=np.int64)
     return np.asarray(labels.get_indexer(pd.MultiIndex.from_arrays(keys.T)), dtype=np.int64)
-
-
-def _gpytorch() -> Any:
-    try:
-        return importlib.import_module("gpytorch")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the sparse GP reference needs GPyTorch: pip install gpytorch") from error
-
-
-def _variational(gpytorch: Any, first: torch.Tensor) -> Any:
-    """A sparse variational GP whose inducing points start at the rows of `first`."""
-
-    class Model(gpytorch.models.ApproximateGP):  # type: ignore[misc]
-        def __init__(self) -> None:
-            distribution = gpytorch.variational.CholeskyVariationalDistribution(len(first))
-            super().__init__(
-                gpytorch.variational.VariationalStrategy(self, first, distribution, learn_inducing_locations=True)
-            )
-            self.mean_module = gpytorch.means.ConstantMean()
-            kernel = gpytorch.kernels.MaternKernel(nu=1.5, ard_num_dims=first.shape[1])
-            kernel.lengthscale = 0.3
-            self.covar_module = gpytorch.kernels.ScaleKernel(kernel)
-
-        def forward(self, x: torch.Tensor) -> Any:
-            return gpytorch.distributions.MultivariateNormal(self.mean_module(x), self.covar_module(x))
-
-    return Model()

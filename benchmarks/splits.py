@@ -16,13 +16,16 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed
 from scipy import special, stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, PoissonRegressor
 from sklearn.preprocessing import OneHotEncoder
 
-from benchmarks.datasets import FUNBAT_SETS, Floats, Fold, Mask, Split, load_counts, load_split
-from benchmarks.peers import Method, Score, SparseGaussianProcess, point_errors, references
+from benchmarks.datasets import FUNBAT_SETS, Floats, Mask, Split, load_counts, load_split
+from benchmarks.peers import Method, references
+from benchmarks.scores import Score, point_errors
+from benchmarks.sparse_gp import SparseGaussianProcess
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.metrics import coverage
 from probtensor.models import FunBaT
@@ -91,35 +94,47 @@ def reference_methods(
 
 
 def table(
-    data_folder: Path, sets: Iterable[str], splits: Iterable[Split], methods: Mapping[str, Entry], folds: Iterable[int]
+    data_folder: Path,
+    sets: Iterable[str],
+    splits: Iterable[Split],
+    methods: Mapping[str, Entry],
+    folds: Iterable[int],
+    jobs: int = 1,
 ) -> list[str]:
-    """Markdown lines: one table a set and split, one line a method, means over the folds.
+    """Markdown lines: one table a set and split, one line a method, means over the folds; `jobs` fits at a time.
 
     Where a method has two forms of errors, Gaussian and Student, their values stand as "Gaussian / Student".
     """
-    lines, folds, splits = [], tuple(folds), tuple(splits)
-    for name in sets:
-        for split in splits:
-            lines += [
-                f"### {name}, {split}",
-                "",
-                "| method | RMSE | MAE | NLL | CRPS | in 95 % | in 50 % | folds | seconds a fit |",
-                "|---|---|---|---|---|---|---|---|---|",
-            ]
-            held: dict[tuple[int, bool], Fold] = {}
-            for label, entry in methods.items():
-                if name not in entry.sets:
-                    continue
-                chosen = [fold for fold in folds if entry.folds is None or fold in entry.folds]
-                found = []
-                for fold in chosen:
-                    key = (fold, entry.station)
-                    if key not in held:
-                        held[key] = load_split(data_folder, name, split, fold, station=entry.station)
-                    found.append(_run(entry.make(), held[key]))
-                if found:
-                    lines.append(_line(label, found))
-            lines.append("")
+    folds = tuple(folds)
+    tables = {
+        (name, split): [(label, entry) for label, entry in methods.items() if name in entry.sets]
+        for name in sets
+        for split in splits
+    }
+    tasks = [
+        (name, split, label, entry, fold)
+        for (name, split), entries in tables.items()
+        for label, entry in entries
+        for fold in folds
+        if entry.folds is None or fold in entry.folds
+    ]
+    scores = Parallel(n_jobs=jobs)(
+        delayed(_run)(entry, data_folder, name, split, fold) for name, split, _, entry, fold in tasks
+    )
+    lines = []
+    for (name, split), entries in tables.items():
+        lines += [
+            f"### {name}, {split}",
+            "",
+            "| method | RMSE | MAE | NLL | CRPS | in 95 % | in 50 % | RMSE by fold | seconds a fit |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for label, _ in entries:
+            pairs = zip(tasks, scores, strict=True)
+            found = [score for task, score in pairs if task[:3] == (name, split, label)]
+            if found:
+                lines.append(_line(label, found))
+        lines.append("")
     return lines
 
 
@@ -277,20 +292,21 @@ def count_references() -> dict[str, Callable[[], CountMethod]]:
 
 
 def count_table(
-    data_folder: Path, sets: Iterable[str], methods: Mapping[str, Callable[[], CountMethod]], folds: Iterable[int]
+    data_folder: Path,
+    sets: Iterable[str],
+    methods: Mapping[str, Callable[[], CountMethod]],
+    folds: Iterable[int],
+    jobs: int = 1,
 ) -> list[str]:
-    """Markdown lines: one table a set, mean held-out log probability of a row, fold by fold."""
+    """Markdown lines: one table a set, mean held-out log probability of a row, fold by fold; `jobs` fits at a time."""
     lines, folds = [], tuple(folds)
     for name in sets:
-        held = [load_counts(data_folder, name, fold) for fold in folds]
         lines += [f"### {name}", "", "| method | log probability a row | folds | seconds a fit |", "|---|---|---|---|"]
-        for label, make in methods.items():
-            means, seconds = [], []
-            for fold in held:
-                method, start = make(), time.perf_counter()
-                method.fit(fold.X, fold.y, fold.inner)
-                seconds.append(time.perf_counter() - start)
-                means.append(float(np.mean(method.log_likelihood(fold.X_test, fold.y_test))))
+        found = Parallel(n_jobs=jobs)(
+            delayed(_run_counts)(make, data_folder, name, fold) for make in methods.values() for fold in folds
+        )
+        for k, label in enumerate(methods):
+            means, seconds = zip(*found[k * len(folds) : (k + 1) * len(folds)], strict=True)
             lines.append(
                 f"| {label} | {np.mean(means):.4f} | {' '.join(f'{m:.4f}' for m in means)} | {np.mean(seconds):.1f} |"
             )
@@ -329,11 +345,22 @@ def _log_mass(y: Floats, mean: Floats, binary: bool) -> Floats:
     return np.asarray(stats.poisson.logpmf(y, mean))
 
 
-def _run(method: Method, fold: Fold) -> tuple[Score, float]:
+def _run(entry: Entry, data_folder: Path, name: str, split: Split, number: int) -> tuple[Score, float]:
+    """Score of one method on one fold, and the seconds of its fit."""
+    fold, method = load_split(data_folder, name, split, number, station=entry.station), entry.make()
     start = time.perf_counter()
     method.fit(fold.X, fold.y, fold.inner)
     seconds = time.perf_counter() - start
     return method.score(fold.X_test, fold.y_test), seconds
+
+
+def _run_counts(make: Callable[[], CountMethod], data_folder: Path, name: str, number: int) -> tuple[float, float]:
+    """Mean log probability of the held-out rows of one fold, and the seconds of the fit."""
+    fold, method = load_counts(data_folder, name, number), make()
+    start = time.perf_counter()
+    method.fit(fold.X, fold.y, fold.inner)
+    seconds = time.perf_counter() - start
+    return float(np.mean(method.log_likelihood(fold.X_test, fold.y_test))), seconds
 
 
 def _line(label: str, found: list[tuple[Score, float]]) -> str:
@@ -344,7 +371,8 @@ def _line(label: str, found: list[tuple[Score, float]]) -> str:
         means = np.mean([getattr(s, field) for s in scores], axis=0)
         cells.append(" / ".join(form.format(m).replace("%", " %") for m in means) or "–")
     seconds = np.mean([s for _, s in found])
-    return f"| {label} | {' | '.join(cells)} | {len(found)} | {seconds:.1f} |"
+    cells.append(" ".join(f"{s.rmse:.3f}" for s in scores))
+    return f"| {label} | {' | '.join(cells)} | {seconds:.1f} |"
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import integrate, stats
 
-from benchmarks import datasets, peers, splits
+from benchmarks import datasets, peers, scores, sparse_gp, splits
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, SPLITS, load_counts, load_fold, load_split
 from probtensor.metrics import crps_gaussian
 
@@ -173,15 +173,15 @@ def test_the_student_score_is_the_integral_that_defines_it(nu):
     for z in (-2.0, 0.3):
         below = integrate.quad(lambda x: stats.t.cdf(x, nu) ** 2, -np.inf, z)[0]
         above = integrate.quad(lambda x: stats.t.sf(x, nu) ** 2, z, np.inf)[0]
-        assert peers.student_crps(np.array([z]), np.array([nu]))[0] == pytest.approx(below + above, rel=1e-5)
+        assert scores.student_crps(np.array([z]), np.array([nu]))[0] == pytest.approx(below + above, rel=1e-5)
 
 
 def test_student_errors_find_their_parameters_and_never_collapse():
     residual = 0.3 * stats.t.rvs(4.0, size=20_000, random_state=np.random.default_rng(0))
-    nu, scale = peers.student_fit(residual, 1e-3)
+    nu, scale = scores.student_fit(residual, 1e-3)
     assert nu == pytest.approx(4.0, rel=0.1)
     assert scale == pytest.approx(0.3, rel=0.05)
-    assert peers.student_fit(np.zeros(100), 0.01)[1] == pytest.approx(0.01)
+    assert scores.student_fit(np.zeros(100), 0.01)[1] == pytest.approx(0.01)
 
 
 def test_the_score_from_intervals_is_the_closed_form():
@@ -190,8 +190,8 @@ def test_the_score_from_intervals_is_the_closed_form():
     std = 0.5 + std**2
     crps = splits.quantile_crps(y, lambda level: stats.norm.interval(level, mean, std))
     assert crps == pytest.approx(crps_gaussian(y, mean, std), rel=2e-3)
-    scores = peers.gaussian_score(y, mean, std), peers.student_score(y, mean, std, np.full(500, 1e6))
-    np.testing.assert_allclose(np.concatenate(scores[0][2:]), np.concatenate(scores[1][2:]), rtol=1e-4)
+    normal, student = scores.gaussian_score(y, mean, std), scores.student_score(y, mean, std, np.full(500, 1e6))
+    np.testing.assert_allclose(np.concatenate(normal[2:]), np.concatenate(student[2:]), rtol=1e-4)
 
 
 def test_rounded_masses_sum_to_one_also_in_the_tails():
@@ -247,7 +247,9 @@ def test_the_sparse_gp_learns_a_smooth_function_and_is_the_same_each_time():
     rng = np.random.default_rng(5)
     X = rng.uniform(0, 3, size=(300, 3))
     y = 4 + np.sin(2 * X[:, 0])
-    found = [peers.SparseGaussianProcess(n_inducing=20, n_steps=80, batch=150).fit(X, y).predict(X) for _ in range(2)]
+    found = [
+        sparse_gp.SparseGaussianProcess(n_inducing=20, n_steps=80, batch=150).fit(X, y).predict(X) for _ in range(2)
+    ]
     assert np.array_equal(found[0][0], found[1][0])
     assert np.sqrt(np.mean((found[0][0] - y) ** 2)) < 0.4
     assert (found[0][1] > 0).all()
@@ -256,7 +258,7 @@ def test_the_sparse_gp_learns_a_smooth_function_and_is_the_same_each_time():
 def test_a_missing_gpytorch_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gpytorch", None)
     with pytest.raises(ModuleNotFoundError, match="pip install gpytorch"):
-        peers.SparseGaussianProcess().fit(np.zeros((3, 3)), np.zeros(3))
+        sparse_gp.SparseGaussianProcess().fit(np.zeros((3, 3)), np.zeros(3))
 
 
 @needs("funbat")
@@ -271,14 +273,14 @@ def test_a_missing_gpytorch_is_named(monkeypatch):
     ],
 )
 def test_references_without_parameters_have_their_known_errors(name, label, rmse, mae):
-    scores = []
+    errors = []
     for fold in range(5):
         held = load_split(DATA / "funbat", name, "published", fold)
         model = peers.references(name)[label]()
         model._fit(held.X, held.y, None)
-        scores.append(peers.point_errors(held.y_test, model._mean(held.X_test)))
+        errors.append(scores.point_errors(held.y_test, model._mean(held.X_test)))
     digits = 3 if label == "global mean" else 4
-    assert np.mean(scores, axis=0).round(digits).tolist() == [rmse, mae]
+    assert np.mean(errors, axis=0).round(digits).tolist() == [rmse, mae]
 
 
 @needs("funbat")
