@@ -11,13 +11,13 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture
+from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture, with_tail
 from probtensor.comm import Comm
 from probtensor.inference.message_passing import Result, run
 from probtensor.likelihoods import Entries, StudentT
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_table import Table, table_rows, uniform
-from probtensor.models.functional_tucker import LIGHT_TAILS, WARM_UP, FunctionalTucker
+from probtensor.models.functional_tucker import COLD_SWEEPS, LIGHT_TAILS, WARM_UP, FunctionalTucker
 from probtensor.models.observation import Observation, SeenCells
 from probtensor.models.relevance import contributions, prune
 
@@ -103,7 +103,8 @@ def fit(
     rows, cells = table_rows(model, kept)
     calibrating = share > 0
     with _no_convergence_warning(calibrating):
-        result = sweeps(model, rows, max_iter, max(first, WARM_UP) + 4, None)
+        warm = first if model.likelihood is None or model.likelihood.exact else COLD_SWEEPS
+        result = sweeps(model, rows, max_iter, max(warm, WARM_UP) + 4, None)
     history, phases = result.bound_history, [0, first] if 0 < first < result.n_iter else [0]
     smaller, state = prune(model, result.state, rows, comm, prune_below)
     calibration: tuple[ScaleMixture, ...] = ()
@@ -189,7 +190,7 @@ def _calibrate(
         kinds = [rows]
     if len(kinds[0]) < MIN_RESIDUALS:
         return ()
-    return tuple(fit_scale_mixture(*kind[:, 1:4].T) for kind in kinds)
+    return tuple(with_tail(fit_scale_mixture(*kind[:, 1:4].T), len(kind)) for kind in kinds)
 
 
 def everywhere(seen: SeenCells | None, comm: Comm) -> SeenCells | None:

@@ -60,6 +60,9 @@ LEARN_EVERY = 2  # sweeps from one step of the hyperparameters to the next
 LEARN_STEPS = 3  # iterations of the optimiser in one such step
 LIGHT_TAILS = 16  # sweeps of a heavy-tailed likelihood with Gaussian tails: else what few rows share is an outlier
 CVI_DAMPING = 0.5  # share of the old Gaussian factor kept where the new one is a natural-gradient step, no optimum
+# Where Gaussian factors are no optimum, each row counts this often in the first sweeps: a count or a binary value says
+# so little of its entry that components would vanish before they find what many rows share.
+COLD, COLD_SWEEPS = 4.0, 8
 # Shares of the variance that a start takes for noise, in turn: a large share finds the few broad effects of noisy data,
 # a small one keeps many components alive where data are precise. The bound decides.
 START_NOISE = (0.02, 0.5)
@@ -150,9 +153,7 @@ class FunctionalTucker:
             return rows
         if state.sweep == 0:
             return self._first_sites(rows, state.log_parameters)
-        return self._with_sites(
-            rows, self.likelihood_at(state.sweep - 1), state.log_parameters, *self.at_rows(state, rows)
-        )
+        return self._with_sites(rows, state.sweep - 1, state.log_parameters, *self.at_rows(state, rows))
 
     def likelihood_at(self, sweep: int) -> Likelihood:
         """The likelihood of a sweep: heavy tails wait until the factors have found what many rows share."""
@@ -258,7 +259,7 @@ class FunctionalTucker:
                 total,
             )
         expected = total(likelihood.expected_log_prob(parameters, entries, mean, variance).sum()[None])[0]
-        rows = self._with_sites(rows, likelihood, parameters, mean, variance)
+        rows = self._with_sites(rows, state.sweep, parameters, mean, variance)
         return state._replace(log_parameters=parameters, expected=expected, sweep=state.sweep + 1), rows
 
     def at_rows(self, state: State, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -393,25 +394,28 @@ class FunctionalTucker:
             return rows
         assert rows.entries is not None
         nowhere = torch.full_like(rows.entries.value, self.offset)
-        return self._with_sites(rows, self.likelihood_at(0), parameters, nowhere, torch.zeros_like(nowhere), first=True)
+        return self._with_sites(rows, 0, parameters, nowhere, torch.zeros_like(nowhere), first=True)
 
     def _with_sites(
         self,
         rows: Rows,
-        likelihood: Likelihood,
+        sweep: int,
         parameters: Tensor,
         mean: Tensor,
         variance: Tensor,
         first: bool = False,
     ) -> Rows:
-        """Rows whose Gaussian factors stand for the likelihood near ``N(mean, variance)``."""
+        """Rows whose Gaussian factors stand for the likelihood near ``N(mean, variance)``, after a sweep."""
         assert rows.entries is not None
+        likelihood = self.likelihood_at(sweep)
         precision, shift = likelihood.sites(parameters, rows.entries, mean, variance)
         if rows.before is not None:
             assert isinstance(likelihood, StudentT)
             known = likelihood.known_part(parameters, rows.entries, rows.before, precision)
             precision, shift = precision - known[0], shift - known[1]
         shift = shift - precision * self.offset
+        if not likelihood.exact and sweep < COLD_SWEEPS:
+            precision, shift = COLD * precision, COLD * shift
         if not (likelihood.exact or first) and rows.precision is not None:
             keep = max(self.damping, CVI_DAMPING)
             shift = torch.lerp(shift, rows.precision * rows.values, keep)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from probtensor.columns import FloatArray
 
-__all__ = ["MIN_RESIDUALS", "ScaleMixture", "fit_scale_mixture", "inflated"]
+__all__ = ["MIN_RESIDUALS", "ScaleMixture", "fit_scale_mixture", "inflated", "with_tail"]
 
 MIN_RESIDUALS = 200  # fewer say too little of the tails
 INFLATIONS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -29,6 +29,7 @@ INFLATIONS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
 SCALES = 2.0 ** np.arange(-14, 7.5, 0.5)
 EM_STEPS = 500
 NEGLIGIBLE = 1e-6  # probability below which a scale is dropped
+TAIL = 20  # scales of what was never seen, a factor sqrt(2) apart
 
 
 class ScaleMixture(NamedTuple):
@@ -104,3 +105,24 @@ def fit_scale_mixture(residual: Tensor, latent_variance: Tensor, noise_variance:
             best = likelihood, ScaleMixture(inflation, torch.from_numpy(SCALES[kept]), torch.from_numpy(weights))
     assert best is not None  # the variances are positive in sum
     return best[1]
+
+
+def with_tail(mixture: ScaleMixture, n_residuals: int) -> ScaleMixture:
+    """The mixture with larger scales than any of the residuals had, of a total probability ``1 / (n_residuals + 1)``.
+
+    The next residual may be the first of its kind (the rule of succession). Likelihood gives such scales no weight, and
+    one row would then cost more than all others: the log density of a normal falls with the square. Here density falls
+    with the cube of the residual, up to a thousand times the largest scale.
+
+    Examples
+    --------
+    >>> narrow = ScaleMixture(1.0, torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    >>> wide = with_tail(narrow, 99)
+    >>> round(float(wide.weights[0]), 2), round(float(wide.scales[-1]))
+    (0.99, 1024)
+    """
+    step = torch.arange(1, TAIL + 1, dtype=torch.float64)
+    share = 2.0**-step
+    scales = torch.cat([mixture.scales, mixture.scales.max() * 2 ** (step / 2)])
+    weights = torch.cat([mixture.weights * n_residuals, share / share.sum()]) / (n_residuals + 1)
+    return ScaleMixture(mixture.inflation, scales, weights)

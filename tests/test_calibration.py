@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 from torch import Tensor
 
-from probtensor.calibration import INFLATIONS, SCALES, ScaleMixture, fit_scale_mixture, inflated
+from probtensor.calibration import INFLATIONS, SCALES, ScaleMixture, fit_scale_mixture, inflated, with_tail
 from probtensor.predictive import NormalMixture
 from tests.reference import F64
 
@@ -251,3 +251,26 @@ def test_tensors_of_any_kind_are_taken_and_left_alone():
     mixture = fit_scale_mixture(residual, torch.zeros(300), torch.ones(300))
     assert mixture.weights.dtype == F64
     assert not mixture.weights.requires_grad
+
+
+def test_a_residual_of_no_known_size_costs_no_more_than_its_surprise():
+    rng = np.random.default_rng(12)
+    residual = 1e-3 * rng.normal(size=999)
+    mixture = fit(residual, 0.0, 1e-6)
+    wide = with_tail(mixture, len(residual))
+    assert float(wide.weights.sum()) == pytest.approx(1.0, abs=1e-12)
+    assert float(wide.weights[len(mixture.weights) :].sum()) == pytest.approx(1e-3)
+    far = np.array([0.3])  # three hundred standard deviations
+    assert predictive(mixture, 0.0, 1e-6, 1).log_prob(far)[0] < -1e4
+    assert -25 < predictive(wide, 0.0, 1e-6, 1).log_prob(far)[0] < -10
+    # Where residuals lie, nothing but the thousandth changes.
+    near = np.zeros(1)
+    gap = predictive(mixture, 0.0, 1e-6, 1).log_prob(near) - predictive(wide, 0.0, 1e-6, 1).log_prob(near)
+    assert 0 < gap[0] < 2e-3
+
+
+def test_density_of_the_tail_falls_with_the_cube_of_the_residual():
+    wide = with_tail(ScaleMixture(1.0, *torch.ones(2, 1, dtype=F64)), 100)
+    x = np.array([20.0, 40.0, 80.0, 160.0])
+    density = predictive(wide, 0.0, 1.0, 4).log_prob(x)
+    np.testing.assert_allclose(np.diff(density) / np.log(2), -3.0, atol=0.05)
