@@ -96,6 +96,7 @@ def fit(
         )
 
     first = LIGHT_TAILS if model.likelihood is not None and model.likelihood.light_tailed() != model.likelihood else 0
+    cold = COLD_SWEEPS if model.likelihood is not None and model.likelihood.cold != 1 else 0
     draw = uniform(table.number, int(torch.randint(2**62, (1,), generator=generator)))
     held = draw < share
 
@@ -103,8 +104,7 @@ def fit(
     rows, cells = table_rows(model, kept)
     calibrating = share > 0
     with _no_convergence_warning(calibrating):
-        warm = first if model.likelihood is None or model.likelihood.exact else COLD_SWEEPS
-        result = sweeps(model, rows, max_iter, max(warm, WARM_UP) + 4, None)
+        result = sweeps(model, rows, max_iter, max(first, cold, WARM_UP) + 4, None)
     history, phases = result.bound_history, [0, first] if 0 < first < result.n_iter else [0]
     smaller, state = prune(model, result.state, rows, comm, prune_below)
     calibration: tuple[ScaleMixture, ...] = ()

@@ -60,9 +60,7 @@ LEARN_EVERY = 2  # sweeps from one step of the hyperparameters to the next
 LEARN_STEPS = 3  # iterations of the optimiser in one such step
 LIGHT_TAILS = 16  # sweeps of a heavy-tailed likelihood with Gaussian tails: else what few rows share is an outlier
 CVI_DAMPING = 0.5  # share of the old Gaussian factor kept where the new one is a natural-gradient step, no optimum
-# Where Gaussian factors are no optimum, each row counts this often in the first sweeps: a count or a binary value says
-# so little of its entry that components would vanish before they find what many rows share.
-COLD, COLD_SWEEPS = 4.0, 8
+COLD_SWEEPS = 8  # the first ones, in which each row counts `Likelihood.cold` times
 # Shares of the variance that a start takes for noise, in turn: a large share finds the few broad effects of noisy data,
 # a small one keeps many components alive where data are precise. The bound decides.
 START_NOISE = (0.02, 0.5)
@@ -414,8 +412,8 @@ class FunctionalTucker:
             known = likelihood.known_part(parameters, rows.entries, rows.before, precision)
             precision, shift = precision - known[0], shift - known[1]
         shift = shift - precision * self.offset
-        if not likelihood.exact and sweep < COLD_SWEEPS:
-            precision, shift = COLD * precision, COLD * shift
+        if sweep < COLD_SWEEPS:
+            precision, shift = likelihood.cold * precision, likelihood.cold * shift
         if not (likelihood.exact or first) and rows.precision is not None:
             keep = max(self.damping, CVI_DAMPING)
             shift = torch.lerp(shift, rows.precision * rows.values, keep)

@@ -140,6 +140,7 @@ class Bernoulli(Likelihood):
     name: ClassVar[str] = "bernoulli"
     location_scale: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    cold: ClassVar[float] = 4.0
 
     def check(self, y: Tensor) -> None:
         """Values are 0 and 1."""

@@ -47,11 +47,15 @@ class Likelihood(ABC):
         Whether values may be standardised before fitting.
     exact : bool
         Whether `sites` is the optimum of coordinate ascent, so that no damping is needed.
+    cold : float
+        How often each row counts in a fit's first sweeps. More than once where one row says so little that components
+        would vanish before they find what many rows share.
     """
 
     name: ClassVar[str]
     location_scale: ClassVar[bool]
     exact: ClassVar[bool]
+    cold: ClassVar[float] = 1.0
 
     @property
     def parameters(self) -> tuple[str, ...]:

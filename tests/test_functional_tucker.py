@@ -680,3 +680,29 @@ def test_a_planted_tucker_tensor_is_found_from_every_seed(rank: int, seed: int):
     # The noise prior Gamma(1, 1) counts like two rows of noise variance one: with 450 rows, .05 becomes .083.
     assert 0.05 < model.noise_std_ < 0.12
     assert np.mean(np.abs(mean - y[test]) < 1.96 * std) > 0.9
+
+
+@pytest.mark.parametrize(("likelihood", "times"), [(Bernoulli(), 4.0), (Poisson(), 1.0)], ids=lambda x: str(x)[:9])
+def test_rows_of_little_information_count_more_than_once_at_first_and_once_later(likelihood: Likelihood, times: float):
+    model = build("cp", 2, main_effects=False, likelihood=likelihood)
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=F64)
+    rows = Rows(torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3]]), y, None, single_rows(y, None, None))
+    at, parameters = torch.zeros(4, dtype=F64), likelihood.start(0.5, y)
+    early, late = (model._with_sites(rows, sweep, parameters, at, at + 0.1) for sweep in (0, 8))
+    assert close(early.precision, times * late.precision)
+    assert close(early.values, late.values)
+
+
+def test_interactions_of_binary_values_survive_the_start():
+    rng = np.random.default_rng(0)
+    codes = np.stack(np.meshgrid(*[np.arange(12)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+    factors = rng.normal(size=(3, 12, 4)) * 1.6
+    odds = math.prod(factors[k][codes[:, k]] for k in range(3)).sum(1)
+    y = (rng.random(len(odds)) < 1 / (1 + np.exp(-odds))).astype(float)
+    train = rng.random(len(y)) < 0.8
+    X = np.char.mod("%d", codes).astype(object)
+    model = FunBaT(rank=6, likelihood="bernoulli", random_state=0, progress=False).fit(X[train], y[train])
+    best = np.mean(y[~train] * -np.log1p(np.exp(-odds[~train])) - (1 - y[~train]) * np.log1p(np.exp(odds[~train])))
+    found = float(np.mean(model.log_prob(X[~train], y[~train])))
+    assert model.effective_rank_ >= 4
+    assert found > 0.5 * best + 0.5 * math.log(0.5)  # at least half way from a coin to the truth
