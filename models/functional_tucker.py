@@ -59,6 +59,7 @@ WARM_UP = 4  # sweeps before noise and hyperparameters move, so that no start is
 LEARN_EVERY = 2  # sweeps from one step of the hyperparameters to the next
 LEARN_STEPS = 3  # iterations of the optimiser in one such step
 LIGHT_TAILS = 16  # sweeps of a heavy-tailed likelihood with Gaussian tails: else what few rows share is an outlier
+WHITE_RATIO = 0.01  # of a white part's variance to the smooth ones', up to which its prior is flat
 CVI_DAMPING = 0.5  # share of the old Gaussian factor kept where the new one is a natural-gradient step, no optimum
 COLD_SWEEPS = 8  # the first ones, in which each row counts `Likelihood.cold` times
 # Shares of the variance that a start takes for noise, in turn: a large share finds the few broad effects of noisy data,
@@ -276,10 +277,9 @@ class FunctionalTucker:
     def bound(self, state: State) -> Tensor:
         """Evidence lower bound, a scalar: E log-likelihood less the divergences of all factors from their priors."""
         bound = -state.n_rows * self.log_scale - sum(f.divergence for f in state.factors)
-        if any(self.relevance_prior):
-            factors = zip(self.functions, state.factors, strict=True)
-            last = state.sweep - 1
-            bound = bound + sum(self._log_relevance(f, factor.log_hyperparameters, last) for f, factor in factors)
+        factors = zip(self.functions, state.factors, strict=True)
+        last = state.sweep - 1
+        bound = bound + sum(self._log_relevance(f, factor.log_hyperparameters, last) for f, factor in factors)
         if state.core is not None:
             bound = bound - gaussian_kl(state.core)
         if state.expected is not None:
@@ -422,17 +422,22 @@ class FunctionalTucker:
         return rows._replace(values=shift / precision, precision=precision)
 
     def _log_relevance(self, f: LatentFunctions, log_hyperparameters: Tensor, sweep: int) -> Tensor:
-        """Log density, up to a constant, of the gamma prior on one over the functions' variances; a scalar.
+        """Log density, up to a constant, of the priors on the functions' variances; a scalar.
 
-        It waits for heavy tails: what outliers hide till then would vanish, and not come back.
+        A gamma prior on one over each function's variance, which waits for heavy tails: what outliers hide till then
+        would vanish, and not come back. And a prior on the share of white parts, which few coordinates cannot tell from
+        smooth ones: ``(1 + ratio / WHITE_RATIO)^-1/2`` for the ratio of the two variances.
         """
+        named = f.named(log_hyperparameters)
+        white = named.pop("white_variance", None)
+        variance = torch.stack([x for name, x in named.items() if name.endswith("variance")]).sum(0)
+        density = log_hyperparameters.new_zeros(())
+        if white is not None:
+            density = density - 0.5 * torch.log1p(white / (WHITE_RATIO * variance)).sum()
+            variance = variance + white
         shape, rate = self.relevance_prior
         waits = self.likelihood is not None and sweep < LIGHT_TAILS and self.likelihood_at(0) != self.likelihood
-        if waits or (not shape and not rate):
-            return log_hyperparameters.new_zeros(())
-        parts = [x for name, x in f.named(log_hyperparameters).items() if name.endswith("variance")]
-        variance = torch.stack(parts).sum(0)
-        return -(shape * variance.log() + rate / variance).sum()
+        return density if waits else density - (shape * variance.log() + rate / variance).sum()
 
     def chunks(self, like: Tensor) -> Iterator[slice]:
         """Slices of the rows of a tensor (n,), each small enough for its largest temporary."""

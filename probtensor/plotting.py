@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
+from probtensor.kernels import Sum, White
 from probtensor.metrics import calibration_curve
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ __all__ = ["plot_bound", "plot_calibration", "plot_factors", "plot_predictions"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.", ":")
 INK, FAINT = "#222222", "#8A8A8A"
+MAX_DOTS = 100  # of a function; more hide the line
 MAX_LABELS = 30
 LABEL_SIZE, TICK_SIZE = 12, 10.5
 
@@ -56,7 +58,8 @@ def plot_factors(
         Only that many components are drawn, those with the largest means: in each mode on its own, or by the product
         over the modes, thus the same in all panels, if ``model.form`` is "cp". Legends count all components from 1.
     n_grid : int, default 200
-        Grid points of a continuous mode; the observed coordinates are added to them.
+        Grid points of a continuous mode. The observed coordinates are added to them; with a `White` part they are dots
+        (up to a hundred), and the line is the smooth function between them.
     axes : sequence of matplotlib Axes, optional
         One for each mode. By default a new figure.
 
@@ -241,16 +244,23 @@ def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
 
 
 def _draw_functions(ax: Axes, model: Any, axis: ContinuousAxis, shown: Sequence[int], n_grid: int) -> None:
-    """Draw one continuous mode."""
+    """Draw one continuous mode; where coordinates have something for themselves, as dots beside the smooth line."""
     coordinates = axis.coordinates
-    grid = np.unique(np.concatenate([np.linspace(coordinates[0], coordinates[-1], n_grid), coordinates]))
+    grid = np.linspace(coordinates[0], coordinates[-1], n_grid)
+    between = np.setdiff1d(grid, coordinates)
+    white = isinstance(axis.kernel, Sum) and any(isinstance(part, White) for part in axis.kernel.parts)
+    dots = white and len(between) > 0
+    grid = between if dots else np.union1d(grid, coordinates)
     mean, std = model.factor(str(axis.name), at=axis.decode(grid))
+    at = model.factor(str(axis.name), at=axis.decode(coordinates))[0] if dots and len(coordinates) <= MAX_DOTS else None
     x, ticks = _abscissa(axis, grid), _abscissa(axis, coordinates)
     for place, component in enumerate(shown):  # colours go by place: those drawn side by side all differ
         colour = COLOURS[place % len(COLOURS)]
         line, centre, reach = LINES[place // len(COLOURS) % len(LINES)], mean[:, component], 2.0 * std[:, component]
         ax.fill_between(x, centre - reach, centre + reach, color=colour, alpha=0.16, linewidth=0)
         ax.plot(x, centre, line, color=colour, linewidth=2.0, label=str(component + 1))
+        if at is not None:
+            ax.plot(ticks, at[:, component], ".", color=colour, markersize=5)
     ax.plot(ticks, np.full(len(ticks), 0.018), "|", color=INK, markersize=7, transform=ax.get_xaxis_transform())
     if np.issubdtype(np.asarray(x).dtype, np.datetime64):
         from matplotlib.dates import AutoDateLocator, ConciseDateFormatter

@@ -17,7 +17,7 @@ from probtensor.contract import unpack
 from probtensor.gaussian import Gamma
 from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
-from probtensor.kernels import Matern
+from probtensor.kernels import Matern, White
 from probtensor.likelihoods import Bernoulli, Entries, Likelihood, NegativeBinomial, Poisson, StudentT
 from probtensor.models import FunBaT
 from probtensor.models.functional_state import Rows, State
@@ -706,3 +706,24 @@ def test_interactions_of_binary_values_survive_the_start():
     found = float(np.mean(model.log_prob(X[~train], y[~train])))
     assert model.effective_rank_ >= 4
     assert found > 0.5 * best + 0.5 * math.log(0.5)  # at least half way from a coin to the truth
+
+
+def test_few_coordinates_are_smooth_unless_rows_say_otherwise():
+    process, rng = GaussianProcess(torch.arange(4, dtype=F64), Matern(1.5) + White()), np.random.default_rng(0)
+    model = replace(build("cp", 2, main_effects=False), functions=(process, process))
+    hyper = process.initial_hyperparameters(2)
+    white = list(process.named(hyper)).index("white_variance")
+    larger, smaller = hyper.clone(), hyper.clone()
+    larger[white] += math.log(100)  # as much as the smooth part
+    smaller[white] -= math.log(100)
+    prior = [float(model._log_relevance(process, h, 0)) for h in (smaller, hyper, larger)]
+    assert prior == pytest.approx([-math.log1p(1e-2), -math.log(2), -math.log(101)])  # half a logarithm, two functions
+    # On a straight line of four points the white part stays small, on a long jagged one it does not.
+    found = []
+    for values in (np.arange(4.0), np.tile(np.arange(60) / 20, 1) + rng.normal(size=60)):
+        X = np.arange(float(len(values)))[:, None].repeat(40, axis=0)
+        y = values.repeat(40) + 0.01 * rng.normal(size=len(X))
+        fitted = FunBaT(rank=1, random_state=0, progress=False).fit(X, y)
+        (named,) = fitted.hyperparameters_.values()
+        found.append(float(named["white_variance"].sum() / named["variance"].sum()))
+    assert found[0] < 0.02 < 0.2 < found[1]

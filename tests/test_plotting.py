@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from probtensor.axes import CategoricalAxis, ContinuousAxis
+from probtensor.kernels import Matern
 from probtensor.plotting import COLOURS, plot_bound, plot_calibration, plot_factors, plot_predictions
 from probtensor.predictive import NormalMixture
 
@@ -60,7 +61,21 @@ def test_one_panel_a_mode_in_the_order_of_the_axes(model):
     draw(panels[0])
 
 
-def test_a_continuous_mode_shows_means_bands_and_observed_coordinates(model):
+def test_what_coordinates_have_for_themselves_are_dots_beside_the_line(model):
+    (panel,) = plot_factors(model, ["dose"], n_grid=5)
+    lines = {line.get_label(): line for line in panel.lines}
+    dots = [line for line in panel.lines if line.get_marker() == "."]
+    for component in (1, 2):
+        x, y = lines[str(component)].get_data()
+        np.testing.assert_allclose(x, [0.5, 1.0, 1.5])
+        np.testing.assert_allclose(y, component * x)
+        x, y = dots[component - 1].get_data()
+        np.testing.assert_allclose(x, [0.0, 0.3, 2.0])
+        np.testing.assert_allclose(y, component * x)
+
+
+def test_a_continuous_mode_shows_means_bands_and_observed_coordinates():
+    model = Toy(ContinuousAxis("dose", Matern(1.5)).fit([0.0, 0.3, 2.0]))
     (panel,) = plot_factors(model, ["dose"], n_grid=5)
     lines = {line.get_label(): line for line in panel.lines}
     grid = np.unique([0.0, 0.5, 1.0, 1.5, 2.0, 0.3])
@@ -68,6 +83,7 @@ def test_a_continuous_mode_shows_means_bands_and_observed_coordinates(model):
         x, y = lines[str(component)].get_data()
         np.testing.assert_allclose(x, grid)
         np.testing.assert_allclose(y, component * grid)
+    assert not [line for line in panel.lines if line.get_marker() == "."]
     band = panel.collections[1].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(2 * 0.0 - 2 * 0.5)
     assert band[:, 1].max() == pytest.approx(2 * 2.0 + 2 * 0.5)
