@@ -45,12 +45,12 @@ RELEVANT = 2e-2  # components that contribute more count for the effective rank
 class FunBaT(TensorRegressor):
     """Functional Bayesian Tucker or CP decomposition of a tensor whose modes are continuous or categorical.
 
-    Each mode has latent functions: Gaussian processes over a continuous axis, independent rows over the labels of a
-    categorical one. An entry is a multilinear combination of them; observed values scatter around it by a likelihood of
-    one's choice. The posterior comes from message passing with state-space smoothers; lengthscales, variances and the
-    likelihood's parameters are learned from the evidence lower bound, components that explain nothing are dropped. The
-    cost of a sweep grows with the number of observed entries and of distinct coordinates, never with the tensor's
-    volume.
+    Each mode has latent functions: Gaussian processes over a continuous axis; over the labels of a categorical one,
+    rows that scatter about a common mean, which a label that was never seen has too. An entry is a multilinear
+    combination of them; observed values scatter around it by a likelihood of one's choice. The posterior comes from
+    message passing with state-space smoothers; lengthscales, variances and the likelihood's parameters are learned from
+    the evidence lower bound, components that explain nothing are dropped. The cost of a sweep grows with the number of
+    observed entries and of distinct coordinates, never with the tensor's volume.
 
     Parameters
     ----------

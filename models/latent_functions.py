@@ -1,7 +1,7 @@
 """Priors of a mode's latent functions, and their posteriors under Gaussian sites.
 
 A mode has ``T`` distinct coordinates and ``R`` latent functions. Whatever the prior, it answers the same few questions;
-continuous modes answer them with a state-space Gaussian process, categorical modes with independent rows.
+continuous modes answer them with a state-space Gaussian process, categorical modes with exchangeable rows.
 
 Hyperparameters are one tensor of logarithms a mode, so that an optimiser can step in any direction.
 """
@@ -18,16 +18,18 @@ from probtensor.gaussian import square_root, standard_normal
 from probtensor.inference import kalman
 from probtensor.inference.kalman import Chain, Posterior, Sites
 from probtensor.kernels import Kernel, Sum, White
-from probtensor.models.kernel_states import Extent, kernel_state
+from probtensor.models.kernel_states import VARIANCES, Extent, kernel_state
 from probtensor.models.state_space import Transition, block_diagonal
 from probtensor.models.white import add_white, draw_white, without_white
 
-__all__ = ["GaussianProcess", "IndependentRows", "LatentFunctions", "Moments", "latent_functions"]
+__all__ = ["GaussianProcess", "ExchangeableRows", "LatentFunctions", "Moments", "latent_functions"]
 
 Value = TypeVar("Value")
 
 WHITE_START = 0.01  # variance of white parts at the start: more, and they take what smooth functions would explain
 WHITE_VARIANCES = (1e-6, 1e4)
+MEAN_START = 0.01  # variance of what labels have in common
+MEAN_VARIANCES = (1e-6, 1e4)
 
 
 class Moments(NamedTuple):
@@ -248,10 +250,11 @@ def _split_white(kernel: Kernel) -> tuple[Kernel, int | None]:
     return smooth[0] if len(smooth) == 1 else Sum(smooth), row
 
 
-class IndependentRows(LatentFunctions):
-    """Rows of a categorical mode: ``u_i ~ N(0, diag(variance))``, independent; the hyperparameter is log variance.
+class ExchangeableRows(LatentFunctions):
+    """Rows of a categorical mode: ``u_i = m + e_i`` with ``m ~ N(0, C)``, ``e_i ~ N(0, V)``, both diagonal.
 
-    A label that was never seen (position -1) has its prior.
+    The mean ``m`` is what labels have in common, so that a label that was never seen (position -1) has what the others
+    say of it. Hyperparameters are the logarithms of ``V`` and ``C``.
 
     Parameters
     ----------
@@ -266,50 +269,64 @@ class IndependentRows(LatentFunctions):
         self._like = like.new_empty(0)
 
     @property
-    def size(self) -> int:  # noqa: D102
+    def size(self) -> int:  # noqa: D102 - inherited
         return self._size
 
     def everywhere(self) -> Tensor:  # noqa: D102
         return torch.arange(self._size, device=self._like.device)
 
     def initial_hyperparameters(self, rank: int) -> Tensor:  # noqa: D102
-        return self._like.new_zeros(1, rank)
+        return self._like.new_tensor([0.0, math.log(MEAN_START)])[:, None].repeat(1, rank)
 
     def bounds(self, rank: int) -> Tensor:  # noqa: D102
-        return self._like.new_tensor([math.log(1e-4), math.log(1e4)])[:, None, None].expand(2, 1, rank)
+        pairs = [[math.log(low), math.log(high)] for low, high in (VARIANCES, MEAN_VARIANCES)]
+        return self._like.new_tensor(pairs).T[:, :, None].expand(2, 2, rank)
 
     def named(self, log_hyperparameters: Tensor) -> dict[str, Tensor]:  # noqa: D102
-        return {"variance": log_hyperparameters[0].exp()}
+        variance, mean_variance = log_hyperparameters.exp()
+        return {"variance": variance, "mean_variance": mean_variance}
 
     def posterior(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Posterior, Tensor]:  # noqa: D102
-        prior = torch.diag(log_hyperparameters[0].exp()).expand_as(sites.precision)
-        zero = torch.zeros_like(sites.shift)[..., None]
-        mean, covariance = kalman.condition(zero, prior, sites.shift[..., None], sites.precision)
-        posterior = Posterior(mean, covariance, zero, torch.zeros_like(covariance))
-        return posterior, self.log_normalizer(log_hyperparameters, sites)
+        common, log_z = self._common(log_hyperparameters, sites)
+        mean, covariance = (x.expand(self._size, *x.shape[1:]) for x in common)
+        mean, covariance = add_white(log_hyperparameters[0].exp(), sites, mean, covariance)
+        nothing = torch.zeros_like(mean)[..., None]
+        return Posterior(mean[..., None], covariance, nothing, torch.zeros_like(covariance)), log_z
 
     def log_normalizer(self, log_hyperparameters: Tensor, sites: Sites) -> Tensor:  # noqa: D102
-        prior = torch.diag(log_hyperparameters[0].exp()).expand_as(sites.precision)
-        return kalman.site_log_normalizer(torch.zeros_like(sites.shift), prior, sites).sum()
+        return self._common(log_hyperparameters, sites)[1]
 
     def moments(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior) -> Moments:  # noqa: D102
         return Moments(posterior.mean.squeeze(-1), posterior.covariance)
 
     def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102
-        known = where >= 0
-        at = where.clamp(min=0)
-        mean = torch.where(known[:, None], posterior.mean[at, :, 0], 0.0)
-        prior = torch.diag(log_hyperparameters[0].exp())
-        return Moments(mean, torch.where(known[:, None, None], posterior.covariance[at], prior))
+        known, at = where >= 0, where.clamp(min=0)
+        common, _ = self._common(log_hyperparameters, sites)
+        new = common.covariance + torch.diag(log_hyperparameters[0].exp())
+        mean = torch.where(known[:, None], posterior.mean[at, :, 0], common.mean)
+        return Moments(mean, torch.where(known[:, None, None], posterior.covariance[at], new))
 
     def sample(  # noqa: D102
         self, log_hyperparameters: Tensor, sites: Sites, where: Tensor, n_samples: int, generator: torch.Generator
     ) -> Tensor:
-        posterior, _ = self.posterior(log_hyperparameters, sites)
         labels, position = torch.unique(where, return_inverse=True)
-        mean, covariance = self.at(log_hyperparameters, sites, posterior, labels)
+        (mean, covariance), _ = self._common(log_hyperparameters, sites)
         normal = standard_normal((n_samples, *mean.shape, 1), mean, generator)
-        return (mean + (square_root(covariance) @ normal).squeeze(-1))[:, position]
+        common = mean + (square_root(covariance) @ normal).squeeze(-1)  # (n_samples, 1, R)
+        seen, at = labels >= 0, labels.clamp(min=0)
+        here = Sites(*(torch.where(seen.reshape(-1, *[1] * (x.ndim - 1)), x[at], 0.0) for x in sites))
+        common = common.expand(-1, len(labels), -1)
+        return draw_white(log_hyperparameters[0].exp(), here, common, generator)[:, position]
+
+    def _common(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Moments, Tensor]:
+        """Posterior of the mean, (1, R) and (1, R, R), and the log-normaliser of the whole."""
+        variance, mean_variance = log_hyperparameters.exp()
+        of_mean, constant = without_white(variance, sites)
+        total = Sites(*(x.sum(0, keepdim=True) for x in of_mean))
+        nothing, prior = torch.zeros_like(total.shift), torch.diag(mean_variance)[None]
+        mean, covariance = kalman.condition(nothing[..., None], prior, total.shift[..., None], total.precision)
+        log_z = kalman.site_log_normalizer(nothing, prior, total).sum() + constant
+        return Moments(mean.squeeze(-1), covariance), log_z
 
 
 def latent_functions(axis: Axis, like: Tensor) -> LatentFunctions:
@@ -326,5 +343,5 @@ def latent_functions(axis: Axis, like: Tensor) -> LatentFunctions:
         case ContinuousAxis():
             return GaussianProcess(torch.tensor(axis.coordinates).to(like), axis.kernel)
         case CategoricalAxis():
-            return IndependentRows(axis.size, like)
+            return ExchangeableRows(axis.size, like)
     raise TypeError(f"axis: expected ContinuousAxis or CategoricalAxis, got {type(axis).__name__}")

@@ -36,7 +36,7 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 
 class UnknownLabelWarning(UserWarning):
-    """A label was not among the training data: its latent functions have their prior, so the interval is wide."""
+    """A label was not among the training data: its latent functions have what the others share, and a wide interval."""
 
 
 class Where:

@@ -68,7 +68,7 @@ def test_a_prediction_never_depends_on_what_is_stored_in_a_missing_cell(form, sh
 
 # Row 3
 @pytest.mark.parametrize("form", FORMS)
-def test_a_slice_without_observations_keeps_its_place_and_has_its_prior(form):
+def test_a_slice_without_observations_keeps_its_place_and_has_what_the_others_share(form):
     rng = np.random.default_rng(3)
     tensor = np.einsum("i,j,k->ijk", *(rng.normal(size=n) for n in (6, 5, 4))) + 0.05 * rng.normal(size=(6, 5, 4))
     tensor[0] = np.nan
@@ -77,8 +77,8 @@ def test_a_slice_without_observations_keeps_its_place_and_has_its_prior(form):
     assert tuple(axis.size for axis in model.axes_) == (6, 5, 4)
     mean, std = model.factor("mode_0")
     assert mean.shape == (6, 1)
-    np.testing.assert_array_equal(mean[0], 0.0)
-    np.testing.assert_allclose(std[0] ** 2, model.hyperparameters_["mode_0"]["variance"][:1], rtol=1e-12)
+    assert mean[1:].min() < mean[0, 0] < mean[1:].max()  # what the other slices have in common
+    assert std[0, 0] ** 2 > model.hyperparameters_["mode_0"]["variance"][0]
     cells = X.iloc[:20].assign(mode_0=pd.Categorical([0] * 20, categories=range(6)))
     with pytest.warns(UnknownLabelWarning, match=r"20 rows have labels of 'mode_0' .* \(0\)"):
         lower, upper = model.predict_interval(cells)
@@ -129,10 +129,8 @@ def test_ten_is_not_the_string_ten_and_seven_is_unknown_with_a_wider_interval(fo
             wider, prior_mean, unknown = width(labels)
         assert unknown.all()
         assert (wider > known.max()).all()
-        expected = model.y_mean_ + model.main_effect("x", [1.5])[0]
-        if form == "tucker":
-            expected += model.core_[0, 0] * model.y_scale_
-        np.testing.assert_allclose(prior_mean, expected, rtol=1e-10)
+        # The prior's mean is learned from the labels that were seen.
+        assert mean.min() < prior_mean[0] < mean.max()
 
 
 # Row 17

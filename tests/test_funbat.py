@@ -100,7 +100,7 @@ def test_the_names_of_the_modes_are_those_of_the_columns(case):
 def test_hyperparameters_are_positive_one_a_function(case):
     n_functions = 2 + (case.main_effects and case.form == "cp")
     time, cell = case.model.hyperparameters_["time"], case.model.hyperparameters_["cell"]
-    assert (set(time), set(cell)) == ({"lengthscale", "variance", "white_variance"}, {"variance"})
+    assert (set(time), set(cell)) == ({"lengthscale", "variance", "white_variance"}, {"variance", "mean_variance"})
     for value in (*time.values(), *cell.values()):
         assert value.shape == (n_functions,)
         assert (value > 0).all()
@@ -213,7 +213,7 @@ def test_far_from_the_data_the_prior_returns_with_a_wider_std(form):
     assert (std > 2 * model.predict(x, return_std=True)[1].max()).all()
 
 
-def test_an_unknown_label_has_the_prior_mean_and_a_wider_interval_than_any_known(case):
+def test_an_unknown_label_has_what_the_others_share_and_a_wider_interval_than_any_known(case):
     new = pd.DataFrame({"time": 2.5, "cell": [*EFFECT, "nowhere"]})
     with pytest.warns(UnknownLabelWarning, match=r"1 row has a label of 'cell' .* \('nowhere'\)"):
         lower, upper = case.model.predict_interval(new)
@@ -221,14 +221,32 @@ def test_an_unknown_label_has_the_prior_mean_and_a_wider_interval_than_any_known
     assert case.model.unknown(new)["cell"].tolist() == [False] * 4 + [True]
     with pytest.warns(UnknownLabelWarning, match="'nowhere'"):
         mean, std = case.model.factor("cell", at=["nowhere"])
-    np.testing.assert_array_equal(mean, 0.0)
-    np.testing.assert_allclose(std[0] ** 2, case.model.hyperparameters_["cell"]["variance"][:2], rtol=1e-12)
+    known, _ = case.model.factor("cell")
+    assert (np.abs(mean[0]) < np.abs(known).max(0)).all()
+    hyper = case.model.hyperparameters_["cell"]
+    variance, shared = hyper["variance"][:2], hyper["mean_variance"][:2]
+    assert ((variance < std[0] ** 2) & (std[0] ** 2 < variance + shared)).all()
 
 
-def test_an_unknown_label_gets_what_the_other_modes_say(cp):
+def test_an_unknown_label_is_predicted_by_the_other_modes_and_what_labels_share(cp):
     with pytest.warns(UnknownLabelWarning):
         mean = cp.predict(pd.DataFrame({"time": [2.5], "cell": ["nowhere"]}))
-    np.testing.assert_allclose(mean, cp.y_mean_ + cp.main_effect("time", [2.5])[0], rtol=1e-12)
+        (u, _), (v, _) = cp.factor("time", at=[2.5]), cp.factor("cell", at=["nowhere"])
+        effects = cp.main_effect("time", [2.5])[0] + cp.main_effect("cell", ["nowhere"])[0]
+    np.testing.assert_allclose(mean, cp.y_mean_ + effects + cp.y_scale_ * (u * v).sum(1), rtol=1e-12)
+
+
+def test_a_label_held_out_is_predicted_by_what_the_others_have_in_common():
+    rng = np.random.default_rng(0)
+    X = pd.DataFrame({"day": rng.integers(0, 40, 1200) / 1.0, "station": rng.choice(list("abcdefgh"), 1200)})
+    scale = X["station"].map(dict(zip("abcdefgh", 1 + 0.1 * rng.normal(size=8), strict=True)))
+    y = scale * np.sin(X["day"] / 3) * 5 + 0.1 * rng.normal(size=1200)
+    held = (X["station"] == "h").to_numpy()
+    settings = {"main_effects": False, "n_init": 1, "random_state": 0, "progress": False}
+    model = FunBaT(2, **settings).fit(X[~held], y[~held])
+    with pytest.warns(UnknownLabelWarning):
+        assert model.score(X[held], y[held]) > 0.95  # rows independent of each other: 0
+        assert 0.8 < pt.metrics.coverage(y[held], *model.predict_interval(X[held]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -294,7 +312,9 @@ def test_a_table_of_datetimes_floats_strings_categories_booleans_and_integers_is
     assert np.isfinite(when).all()
     with pytest.warns(UnknownLabelWarning, match=r"'kind' .* \('never'\)"):  # a category without rows
         mean, std = model.factor("kind", at=["never"])
-    assert (mean[0, 0], std[0, 0] ** 2) == (0.0, pytest.approx(model.hyperparameters_["kind"]["variance"][0]))
+    kind = {name: value[0] for name, value in model.hyperparameters_["kind"].items()}
+    assert np.isfinite(mean[0, 0])
+    assert kind["variance"] < std[0, 0] ** 2 < kind["variance"] + kind["mean_variance"]
 
 
 def test_integers_can_be_continuous_and_floats_categorical():
@@ -302,7 +322,7 @@ def test_integers_can_be_continuous_and_floats_categorical():
     axes = [pt.ContinuousAxis("mode_0", pt.Matern(2.5)), pt.CategoricalAxis("mode_1")]
     model = FunBaT(form="cp", axes=axes, **QUICK).fit(X, X[:, 0] + X[:, 1])
     assert list(model.hyperparameters_["mode_0"]) == ["lengthscale", "variance"]
-    assert list(model.hyperparameters_["mode_1"]) == ["variance"]
+    assert list(model.hyperparameters_["mode_1"]) == ["variance", "mean_variance"]
     assert model.axes_[0].kernel.nu == 2.5
     assert np.isfinite(model.predict([[2.5, 1.0]])).all()
 

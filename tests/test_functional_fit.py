@@ -16,7 +16,7 @@ from probtensor.models.functional_fit import Fitted, fit
 from probtensor.models.functional_state import Rows
 from probtensor.models.functional_table import Table, has_repeated_cells, spread_cells, uniform
 from probtensor.models.functional_tucker import LIGHT_TAILS, FunctionalTucker
-from probtensor.models.latent_functions import IndependentRows
+from probtensor.models.latent_functions import ExchangeableRows
 from probtensor.models.relevance import contributions
 from tests.reference import F64
 
@@ -148,7 +148,7 @@ def test_uniform_numbers_are_uniform_and_unrelated_between_seeds() -> None:
 
 
 def small_model(likelihood: Likelihood | None, rank: int = 1) -> FunctionalTucker:
-    functions = tuple(IndependentRows(size, torch.empty(0, dtype=F64)) for size in (15, 12))
+    functions = tuple(ExchangeableRows(size, torch.empty(0, dtype=F64)) for size in (15, 12))
     free = tuple(torch.tensor([True] * rank + [j == k for j in range(2)]) for k in range(2))
     one = torch.tensor(1.0, dtype=F64)
     return FunctionalTucker(functions, free, "cp", Gamma(one, one), likelihood=likelihood, relevance_prior=(1.0, 0.01))
@@ -239,7 +239,7 @@ def test_new_and_seen_cells_are_calibrated_apart_where_both_are_many() -> None:
     once = rng.random(3000) < 0.5  # in cells of their own, of 30 x 100 others
     positions = rows.positions.clone()
     positions[once] = torch.from_numpy(np.column_stack([15 + np.arange(3000) % 30, 12 + np.arange(3000) // 30])[once])
-    functions = tuple(IndependentRows(size, torch.empty(0, dtype=F64)) for size in (45, 112))
+    functions = tuple(ExchangeableRows(size, torch.empty(0, dtype=F64)) for size in (45, 112))
     model = replace(small_model(LIKELIHOODS["student-t"]), functions=functions)
     fitted = fit_table(model, replace(rows, positions=positions), max_iter=24)
     assert len(fitted.observation.calibration) == 2

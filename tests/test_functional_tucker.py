@@ -23,7 +23,7 @@ from probtensor.models import FunBaT
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_table import Table, table_rows
 from probtensor.models.functional_tucker import LIGHT_TAILS, FunctionalTucker
-from probtensor.models.latent_functions import GaussianProcess, IndependentRows
+from probtensor.models.latent_functions import GaussianProcess, ExchangeableRows
 from tests.reference import (
     F64,
     blocks,
@@ -60,7 +60,7 @@ def build(
     functions = []
     for size, nu in zip(SIZES[:K], NUS[:K], strict=True):
         steps = torch.rand(size, generator=torch.Generator().manual_seed(size), dtype=F64) + 0.3
-        functions.append(IndependentRows(size, LIKE) if nu is None else GaussianProcess(steps.cumsum(0), Matern(nu)))
+        functions.append(ExchangeableRows(size, LIKE) if nu is None else GaussianProcess(steps.cumsum(0), Matern(nu)))
     noise_prior = Gamma(f64(1.3), f64(0.8))
     return FunctionalTucker(tuple(functions), tuple(map(torch.tensor, free)), form, noise_prior, **options)
 
@@ -110,9 +110,11 @@ def mode_prior(model: FunctionalTucker, state: State, mode: int) -> Tensor:
     f, hyper = model.functions[mode], state.factors[mode].log_hyperparameters
     if isinstance(f, GaussianProcess):
         return dense_prior(f.kernel.nu, f.coordinates, *hyper.exp())
+    variance, mean_variance = hyper.exp()
     prior = torch.zeros(f.size, hyper.shape[1], f.size, hyper.shape[1], dtype=F64)
     for i in range(f.size):
-        prior[i, :, i, :] = torch.diag(hyper[0].exp())
+        for j in range(f.size):
+            prior[i, :, j, :] = torch.diag(mean_variance + (variance if i == j else 0.0))
     return prior
 
 
@@ -275,7 +277,7 @@ def test_hyperparameters_start_inside_their_bounds(size: int):
     # The optimiser moves a start from outside onto the bound, and the evidence bound could fall.
     model = build("cp", 2, main_effects=True)
     model = replace(
-        model, functions=(GaussianProcess(torch.arange(size, dtype=F64), Matern(1.5)), IndependentRows(4, LIKE))
+        model, functions=(GaussianProcess(torch.arange(size, dtype=F64), Matern(1.5)), ExchangeableRows(4, LIKE))
     )
     rows = Rows(torch.zeros(2, 3, dtype=torch.int64), f64([1.0, 2.0, 3.0]))
     for f, factor in zip(model.functions, begin(model, rows).factors, strict=True):
@@ -396,7 +398,8 @@ def test_the_bound_with_heavy_tails_equals_the_dense_expectation(form: str, K: i
         prior = mode_prior(model, state, mode)
         mean, joint, _ = dense_posterior(prior, *factor.sites)
         expected -= float(dense_kl(mean, joint, prior))
-        variance = factor.log_hyperparameters[-1].exp()
+        categorical = isinstance(model.functions[mode], ExchangeableRows)
+        variance = factor.log_hyperparameters.exp().sum(0) if categorical else factor.log_hyperparameters[-1].exp()
         expected -= float((variance.log() + 0.01 / variance).sum())  # Gamma(1, 0.01) on one over it, and its Jacobian
     if state.core is not None:
         expected -= float(dense_kl(*state.core, torch.eye(len(state.core.mean), dtype=F64)))
@@ -505,7 +508,7 @@ def test_counts_and_binary_values_reach_the_best_gaussian(likelihood, y, log_pro
 @pytest.mark.parametrize(("likelihood", "y", "log_prob", "offset"), SIMPLE, ids=SIMPLE_IDS)
 def test_the_bound_is_below_the_evidence_and_near_it(likelihood, y, log_prob, offset):
     # One label: the evidence is a one-dimensional integral.
-    functions = (IndependentRows(1, LIKE),)
+    functions = (ExchangeableRows(1, LIKE),)
     model = replace(
         build("cp", 1, main_effects=False, ranks=(1,), learn=False, likelihood=likelihood, offset=offset),
         functions=functions,

@@ -10,7 +10,7 @@ from torch import Tensor
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.inference.kalman import Sites
 from probtensor.kernels import Kernel, Linear, Matern, Periodic, White
-from probtensor.models.latent_functions import GaussianProcess, IndependentRows, LatentFunctions, latent_functions
+from probtensor.models.latent_functions import GaussianProcess, ExchangeableRows, LatentFunctions, latent_functions
 from tests.reference import (
     F64,
     blocks,
@@ -130,7 +130,7 @@ def test_hyperparameters_are_named_in_the_unit_of_the_axis():
     named = GaussianProcess(TIMES, Matern(1.5)).named(HYPER)
     assert close(named["lengthscale"], HYPER[0].exp(), 1e-15)
     assert close(named["variance"], HYPER[1].exp(), 1e-15)
-    assert close(IndependentRows(3, F0).named(HYPER[1:])["variance"], HYPER[1].exp(), 1e-15)
+    assert close(ExchangeableRows(3, F0).named(HYPER[1:].repeat(2, 1))["variance"], HYPER[1].exp(), 1e-15)
 
 
 # --- kernels of one's choice ------------------------------------------------------------------------------------------
@@ -232,23 +232,29 @@ def test_what_repeats_itself_is_known_far_from_the_data():
     assert (covariance < 0.01).all()
 
 
-# --- independent rows -------------------------------------------------------------------------------------------------
+# --- exchangeable rows ------------------------------------------------------------------------------------------------
 
 F0 = torch.empty(0, dtype=F64)
+ROWS = f64([[0.3, -1.2], [-0.5, 0.7]])  # log variance of the rows about their mean, and of the mean
 
 
 def dense_rows(size: int, hyper: Tensor) -> Tensor:
     prior = torch.zeros(size, hyper.shape[1], size, hyper.shape[1], dtype=F64)
     for i in range(size):
-        prior[i, :, i, :] = torch.diag(hyper[0].exp())
+        for j in range(size):
+            prior[i, :, j, :] = torch.diag(hyper[1].exp() + (hyper[0].exp() if i == j else 0.0))
     return prior
+
+
+def with_nothing_known_of_a_last(sites: Sites) -> Sites:
+    return Sites(*(torch.cat([x, torch.zeros_like(x[:1])]) for x in sites))
 
 
 @pytest.mark.parametrize("size", [1, 2, 6])
 @pytest.mark.parametrize("R", [1, 3])
-def test_posterior_of_independent_rows_equals_the_dense_formula(size: int, R: int):
-    hyper = f64([[0.3, -1.2, 0.0][:R]])
-    f, sites = IndependentRows(size, F0), sites_of(size, R)
+def test_posterior_of_exchangeable_rows_equals_the_dense_formula(size: int, R: int):
+    hyper = f64([[0.3, -1.2, 0.0][:R], [-2.0, 0.0, 1.1][:R]])
+    f, sites = ExchangeableRows(size, F0), sites_of(size, R)
     posterior, log_z = f.posterior(hyper, sites)
     mean, covariance, expected_log_z = dense_posterior(dense_rows(size, hyper), *sites)
     moments = f.moments(hyper, sites, posterior)
@@ -258,32 +264,39 @@ def test_posterior_of_independent_rows_equals_the_dense_formula(size: int, R: in
     assert close(f.log_normalizer(hyper, sites), expected_log_z, 1e-11)
 
 
-def test_gradients_of_the_normaliser_of_independent_rows():
-    hyper, sites = f64([[0.3, -1.2]]).requires_grad_(), sites_of(4)
-    (ours,) = torch.autograd.grad(IndependentRows(4, F0).log_normalizer(hyper, sites), hyper)
+def test_gradients_of_the_normaliser_of_exchangeable_rows():
+    hyper, sites = ROWS.clone().requires_grad_(), sites_of(4)
+    (ours,) = torch.autograd.grad(ExchangeableRows(4, F0).log_normalizer(hyper, sites), hyper)
     (dense,) = torch.autograd.grad(dense_posterior(dense_rows(4, hyper), *sites)[2], hyper)
     assert close(ours, dense, 1e-11)
 
 
-def test_an_unknown_label_has_its_prior():  # case 15
-    hyper, sites, f = f64([[0.3, -1.2]]), sites_of(4), IndependentRows(4, F0)
+def test_an_unknown_label_has_what_the_others_say_of_their_mean():
+    sites, f = sites_of(4), ExchangeableRows(4, F0)
     where = torch.tensor([2, -1, 0, -1, 3])
-    mean, covariance = moments_at(f, hyper, sites, where)
-    seen_mean, seen_covariance = f.moments(hyper, sites, f.posterior(hyper, sites)[0])
-    for i, label in enumerate(where.tolist()):
-        known = label >= 0
-        assert torch.equal(mean[i], seen_mean[label] if known else torch.zeros(2, dtype=F64))
-        assert torch.equal(covariance[i], seen_covariance[label] if known else torch.diag(hyper[0].exp()))
+    mean, covariance = moments_at(f, ROWS, sites, where)
+    expected, dense_covariance, _ = dense_posterior(dense_rows(5, ROWS), *with_nothing_known_of_a_last(sites))
+    assert close(mean, expected[where], 1e-11)
+    assert close(covariance, blocks(dense_covariance)[where], 1e-11)
 
 
-def test_draws_of_independent_rows_have_the_posterior_moments():
-    n, hyper, sites, f = 4000, f64([[0.3, -1.2]]), sites_of(3), IndependentRows(3, F0)
+def test_an_unknown_label_has_its_prior_where_nothing_was_seen():  # case 15
+    sites, f = Sites(*(torch.zeros_like(x) for x in sites_of(3))), ExchangeableRows(3, F0)
+    mean, covariance = moments_at(f, ROWS, sites, torch.tensor([-1]))
+    assert torch.equal(mean, torch.zeros(1, 2, dtype=F64))
+    assert close(covariance[0], torch.diag(ROWS.exp().sum(0)), 1e-14)
+
+
+def test_draws_of_exchangeable_rows_have_the_joint_posterior_moments():
+    n, sites, f = 4000, sites_of(3), ExchangeableRows(3, F0)
     where = torch.tensor([2, -1, 0, 1, 2])
-    draws = f.sample(hyper, sites, where, n, torch.Generator().manual_seed(0))
+    draws = f.sample(ROWS, sites, where, n, torch.Generator().manual_seed(0))
     assert draws.shape == (n, 5, 2)
     assert torch.equal(draws[:, 0], draws[:, 4])
-    mean, covariance = moments_at(f, hyper, sites, where[:4])
-    assert_moments(draws[:, :4].reshape(n, 8), mean.reshape(8), torch.block_diag(*covariance))
+    mean, covariance, _ = dense_posterior(dense_rows(4, ROWS), *with_nothing_known_of_a_last(sites))
+    in_order = where[:4]
+    covariance = covariance.reshape(4, 2, 4, 2)[in_order][:, :, in_order].reshape(8, 8)
+    assert_moments(draws[:, :4].reshape(n, 8), mean[in_order].reshape(8), covariance)
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------
@@ -298,7 +311,7 @@ def test_each_kind_of_axis_has_its_prior(dtype: torch.dtype):
     assert f.everywhere().dtype == f.initial_hyperparameters(2).dtype == dtype
     assert f.initial_hyperparameters(2)[0, 0].item() < math.log(2.0)
     rows = latent_functions(CategoricalAxis("c").fit(np.array(["b", "a", "b"])), like)
-    assert isinstance(rows, IndependentRows)
+    assert isinstance(rows, ExchangeableRows)
     assert (rows.size, rows.everywhere().tolist()) == (2, [0, 1])
     assert rows.initial_hyperparameters(2).dtype == dtype
 

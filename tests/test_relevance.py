@@ -12,7 +12,7 @@ from probtensor.contract import pack, unpack
 from probtensor.gaussian import Gamma
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_tucker import FunctionalTucker
-from probtensor.models.latent_functions import IndependentRows
+from probtensor.models.latent_functions import ExchangeableRows
 from probtensor.models.relevance import contributions, interactions, main_effect, prune
 from tests.reference import F64, close, f64
 
@@ -25,7 +25,7 @@ def build(form: str, K: int, rank: int, *, main_effects: bool) -> FunctionalTuck
         free = [[False] * extra + [True] * rank] * K
     else:
         free = [[True] * rank + [j == k for j in range(K)] * extra for k in range(K)]
-    functions = tuple(IndependentRows(size, f64([])) for size in SIZES[:K])
+    functions = tuple(ExchangeableRows(size, f64([])) for size in SIZES[:K])
     prior = Gamma(f64(1.0), f64(1.0))
     return FunctionalTucker(functions, tuple(map(torch.tensor, free)), form, prior, learn=False)
 
