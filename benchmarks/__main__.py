@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import typer
 from sklearn.exceptions import ConvergenceWarning
@@ -15,6 +16,7 @@ import probtensor as pt
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
 from benchmarks.scale import scale_lines
 from benchmarks.splits import count_references, count_table, funbat, funbat_counts, reference_methods, table
+from probtensor import plotting
 from probtensor.demo import split_rows
 from probtensor.inference import kalman
 from probtensor.metrics import rmse
@@ -268,6 +270,22 @@ def devices(out: Out = None) -> None:
             f"{np.abs(cpu_std - gpu_std).max():.1e} | {abs(cpu_bound / gpu_bound - 1):.1e} |"
         )
     _report(lines, out)
+
+
+@app.command()
+def figure(data: Data, out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("air.png")) -> None:
+    """Draw a fit of PM2.5: functions of the modes, calibration on test rows, relevance of the components, the bound."""
+    import matplotlib.pyplot as plt
+
+    X, y, X_test, y_test = load_fold(data, "beijing_pm25", 0)
+    named, named_test = (pd.DataFrame(x, columns=["temperature", "pressure", "time"]) for x in (X, X_test))
+    model = FunBaT(random_state=0, progress=False).fit(named, y)
+    panels = plt.figure(figsize=(12.6, 7.6), layout="constrained").subplots(2, 3).ravel()
+    plotting.plot_factors(model, max_components=2, axes=panels[:3])
+    plotting.plot_calibration(y_test, model.predictive(named_test), ax=panels[3])
+    plotting.plot_relevance(model, ax=panels[4])
+    plotting.plot_bound(model, ax=panels[5])
+    panels[0].figure.savefig(out, dpi=110)
 
 
 def _sequential(chain: kalman.Chain, sites: kalman.Sites, steps: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from probtensor.models.kernel_states import VARIANCES, Extent, kernel_state
 from probtensor.models.state_space import Transition, block_diagonal
 from probtensor.models.white import add_white, draw_white, without_white
 
-__all__ = ["GaussianProcess", "ExchangeableRows", "LatentFunctions", "Moments", "latent_functions"]
+__all__ = ["ExchangeableRows", "GaussianProcess", "LatentFunctions", "Moments", "latent_functions"]
 
 Value = TypeVar("Value")
 

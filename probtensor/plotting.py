@@ -1,4 +1,4 @@
-"""Pictures of a fitted model: latent functions, predictions against observations, calibration, the bound.
+"""Pictures of a fitted model: functions, predictions against observations, calibration, relevance, the bound.
 
 Each function draws on the matplotlib axes it is given, or on a new figure, and returns what it drew on. Colours are
 those of Okabe and Ito, which readers with any colour vision can tell apart; matplotlib's settings are left alone, and
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from probtensor.predictive import Predictive
 
-__all__ = ["plot_bound", "plot_calibration", "plot_factors", "plot_predictions"]
+__all__ = ["plot_bound", "plot_calibration", "plot_factors", "plot_predictions", "plot_relevance"]
 
 # Okabe and Ito (2008), ordered so that neighbours differ in lightness too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -198,6 +198,39 @@ def plot_calibration(y: npt.ArrayLike, predictive: Predictive, *, ax: Axes | Non
     ax.set_ylim(0.0, 1.0)
     ax.set_aspect("equal")
     _dress(ax, "probability of the interval", "share of values inside")
+    return ax
+
+
+def plot_relevance(model: Any, *, ax: Axes | None = None) -> Axes:
+    """Draw how much each component contributes: solid bars count for the effective rank, open ones do not.
+
+    Parameters
+    ----------
+    model : fitted estimator
+        With ``relevance_`` (R,), ``effective_rank_`` and ``rank_``.
+    ax : matplotlib Axes, optional
+        Where to draw. By default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+
+    Raises
+    ------
+    ValueError
+        If the model has no components to compare, as the Tucker form.
+    """
+    relevance = np.asarray(model.relevance_, dtype=np.float64)
+    if relevance.size == 0:
+        raise ValueError("model: expected components with a relevance_ (form='cp'), got a model without")
+    ax = _pyplot().subplots(figsize=(4.4, 3.6), layout="constrained")[1] if ax is None else ax
+    number, counted = np.arange(1, relevance.size + 1), np.arange(relevance.size) < model.effective_rank_
+    ax.bar(number[counted], relevance[counted], color=COLOURS[0], edgecolor=COLOURS[0], width=0.7)
+    ax.bar(number[~counted], relevance[~counted], color="none", edgecolor=COLOURS[0], width=0.7)
+    title = f"effective rank {model.effective_rank_} of {relevance.size}"
+    ax.set_title(title, fontsize=LABEL_SIZE, color=INK, loc="left")
+    ax.locator_params(axis="x", integer=True)
+    _dress(ax, "components, strongest first", "root mean square, unit of y")
     return ax
 
 

@@ -23,7 +23,7 @@ from probtensor.models import FunBaT
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_table import Table, table_rows
 from probtensor.models.functional_tucker import LIGHT_TAILS, FunctionalTucker
-from probtensor.models.latent_functions import GaussianProcess, ExchangeableRows
+from probtensor.models.latent_functions import ExchangeableRows, GaussianProcess
 from tests.reference import (
     F64,
     blocks,

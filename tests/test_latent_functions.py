@@ -10,7 +10,7 @@ from torch import Tensor
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.inference.kalman import Sites
 from probtensor.kernels import Kernel, Linear, Matern, Periodic, White
-from probtensor.models.latent_functions import GaussianProcess, ExchangeableRows, LatentFunctions, latent_functions
+from probtensor.models.latent_functions import ExchangeableRows, GaussianProcess, LatentFunctions, latent_functions
 from tests.reference import (
     F64,
     blocks,

@@ -12,7 +12,14 @@ import pytest
 
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.kernels import Matern
-from probtensor.plotting import COLOURS, plot_bound, plot_calibration, plot_factors, plot_predictions
+from probtensor.plotting import (
+    COLOURS,
+    plot_bound,
+    plot_calibration,
+    plot_factors,
+    plot_predictions,
+    plot_relevance,
+)
 from probtensor.predictive import NormalMixture
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -193,6 +200,18 @@ def test_the_bound_is_drawn_from_the_first_iteration(model):
     assert ax.get_title(loc="left") == "-3.5 after 3 iterations, converged"
     model.converged_ = False
     assert "not converged" in plot_bound(model, ax=ax).get_title(loc="left")
+
+
+def test_components_that_count_are_solid_bars(model):
+    model.relevance_, model.effective_rank_ = np.array([3.0, 1.0, 0.01]), 2
+    ax = plot_relevance(model)
+    bars = {round(bar.get_x() + bar.get_width() / 2): (bar.get_height(), bar.get_facecolor()[3]) for bar in ax.patches}
+    assert bars == {1: (3.0, 1.0), 2: (1.0, 1.0), 3: (0.01, 0.0)}
+    assert ax.get_title(loc="left") == "effective rank 2 of 3"
+    draw(ax)
+    model.relevance_ = np.zeros(0)
+    with pytest.raises(ValueError, match="model: expected components with a relevance_"):
+        plot_relevance(model)
 
 
 def test_calibration_is_drawn_against_the_diagonal():
