@@ -422,8 +422,8 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             shown = ", ".join(repr(x) for x in labels[:5].tolist()) + (", …" if len(labels) > 5 else "")
             warnings.warn(
                 f"{flags.sum()} {'row has a label' if flags.sum() == 1 else 'rows have labels'} of {axis.name!r} that "
-                f"training rows did not have ({shown}): such labels have the prior and a wide "
-                "interval; unknown(X) tells which",
+                f"training rows did not have ({shown}): such labels have what the others "
+                "share and a wide interval; unknown(X) tells which",
                 UnknownLabelWarning,
                 stacklevel=stacklevel,
             )
