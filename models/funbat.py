@@ -12,10 +12,10 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from probtensor.axes import Axis
-from probtensor.comm import Comm, Serial
+from probtensor.comm import Comm, Serial, refuse_together
 from probtensor.data import Duplicates
 from probtensor.estimator import TensorRegressor, Where
-from probtensor.intake import observe_more, row_numbers, seen_after
+from probtensor.intake import Table, observe_more, row_keys, row_numbers, seen_after
 from probtensor.likelihoods import Likelihood, StudentT
 from probtensor.models.funbat_parameters import build_model, check_parameters, resolve_likelihood, resolve_ranks
 from probtensor.models.funbat_state import (
@@ -27,7 +27,7 @@ from probtensor.models.funbat_state import (
 from probtensor.models.functional_fit import Fitted, fit, renewed
 from probtensor.models.functional_state import State
 from probtensor.models.functional_stream import absorb, extend
-from probtensor.models.functional_table import Table, has_repeated_cells, number_rows, shared_generator, spread_cells
+from probtensor.models.functional_table import has_repeated_cells, shared_generator, spread_cells
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import latent_functions
 from probtensor.models.observation import Observation, draw_values
@@ -220,7 +220,7 @@ class FunBaT(TensorRegressor):
             values,
             None if count is None else count.to(device),
             None if std is None else (self.y_scale_ / std.to(device)) ** 2,
-            torch.arange(len(values), device=device),
+            row_keys(observed.positions, observed.values).to(device),
         )
         places = [place.to(device) for place in places]
         observation, seen = self._observation, None
@@ -324,15 +324,12 @@ class FunBaT(TensorRegressor):
             for axis, f, factor in zip(self.axes_, self._model.functions, self._state.factors, strict=True)
         }
 
-    def _fit(
-        self, positions: Tensor, values: Tensor, comm: Comm, count: Tensor | None, precision: Tensor | None
-    ) -> None:
+    def _fit(self, table: Table, comm: Comm) -> None:
         check_parameters(self.get_params(deep=False))
         self.rank_ = resolve_ranks(self.rank, self.form, self.axes_, bool(self.main_effects))
-        table = Table(positions, values, count, precision, number_rows(values, comm))
+        values, count, precision = table.values, table.count, table.precision
         likelihood = resolve_likelihood(self.likelihood, bool(self.nugget), known_noise=precision is not None)
-        if likelihood is not None:
-            likelihood.check(values)
+        refuse_together(comm, lambda: None if likelihood is None else likelihood.check(values))
         if isinstance(likelihood, StudentT) and likelihood.nugget:
             table = spread_cells(table, comm)
             # Without repetition, residual of the cell and noise of the row are one.

@@ -14,9 +14,10 @@ from torch import Tensor
 from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture, with_tail
 from probtensor.comm import Comm
 from probtensor.inference.message_passing import Result, run
+from probtensor.intake import Table
 from probtensor.likelihoods import Entries, StudentT
 from probtensor.models.functional_state import Rows, State
-from probtensor.models.functional_table import Table, table_rows, uniform
+from probtensor.models.functional_table import table_rows, uniform
 from probtensor.models.functional_tucker import COLD_SWEEPS, LIGHT_TAILS, WARM_UP, FunctionalTucker
 from probtensor.models.observation import Observation, SeenCells
 from probtensor.models.relevance import contributions, prune
@@ -97,7 +98,7 @@ def fit(
 
     first = LIGHT_TAILS if model.likelihood is not None and model.likelihood.light_tailed() != model.likelihood else 0
     cold = COLD_SWEEPS if model.likelihood is not None and model.likelihood.cold != 1 else 0
-    draw = uniform(table.number, int(torch.randint(2**62, (1,), generator=generator)))
+    draw = uniform(table.key, int(torch.randint(2**62, (1,), generator=generator)))
     held = draw < share
 
     kept = table.take(~held)
@@ -179,7 +180,7 @@ def _calibrate(
     mean, variance = model.at_rows(state, Rows(held.positions.T.contiguous(), held.values))
     residual = observation.residual(held.positions if observation.seen is not None else None, mean)
     location, latent, noise = observation.moments(mean, variance, residual)
-    columns = [held.number.to(mean), held.values - location, latent, noise, (residual.cell >= 0).to(mean)]
+    columns = [held.key.to(mean), held.values - location, latent, noise, (residual.cell >= 0).to(mean)]
     mine = torch.stack(columns, dim=1).cpu()
     parts = [np.frombuffer(data, dtype=np.float64) for data in comm.gather_bytes(mine.numpy().tobytes())]
     rows = torch.from_numpy(np.concatenate(parts).reshape(-1, len(columns)))

@@ -20,10 +20,11 @@ from probtensor.cells import find_cells, merge_rows
 from probtensor.comm import Comm
 from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
+from probtensor.intake import Table
 from probtensor.likelihoods import Entries, StudentT
 from probtensor.models.functional_fit import everywhere, look_at_cells
 from probtensor.models.functional_state import Past, Rows, State
-from probtensor.models.functional_table import Table, in_groups, table_rows
+from probtensor.models.functional_table import in_groups, table_rows
 from probtensor.models.functional_tucker import LEARN_STEPS, FunctionalTucker
 from probtensor.models.latent_functions import LatentFunctions
 from probtensor.models.observation import SeenCells

@@ -80,6 +80,17 @@ class Axis(ABC):
     def decode(self, encoded: npt.ArrayLike) -> pd.Index:
         """Return the values, in the user's own type, whose `encode` is `encoded` (n,)."""
 
+    @property
+    @abstractmethod
+    def is_sorted(self) -> bool:
+        """Whether the values are in an order of their own, not in that of their appearance."""
+
+    def split(self, n: int) -> list[Self]:
+        """Return n axes, each with the values whose hash falls to it, in their order."""
+        distinct = self._fitted()
+        part = columns.hashes(distinct) % np.uint64(n)
+        return [replace(self, distinct=distinct[part == k]) for k in range(n)]
+
     @abstractmethod
     def union(self, other: Self) -> Self:
         """Return the axis of both columns, where `self` and `other` were fitted to parts of the rows each."""
@@ -156,6 +167,11 @@ class ContinuousAxis(Axis):
         coordinates = columns.to_days(self._fitted(), self._fitted())
         coordinates.setflags(write=False)
         return coordinates
+
+    @property
+    def is_sorted(self) -> bool:
+        """True."""
+        return True
 
     def fit(self, column: npt.ArrayLike) -> Self:
         """Return a new axis with the distinct coordinates of `column` (n,); raise ValueError for one not finite."""
@@ -248,6 +264,12 @@ class CategoricalAxis(Axis):
         """What the labels are: "str", "number" or "bool", another type's name, or "mixed"; `read_table` takes it."""
         return columns.label_dtype(self._fitted())
 
+    @property
+    def is_sorted(self) -> bool:
+        """Whether the labels are sorted: not where their types cannot be compared, or categories have an order."""
+        labels = self._fitted()
+        return bool(labels.equals(columns.sort_labels(labels)))
+
     def fit(self, column: npt.ArrayLike) -> Self:
         """Return a new axis with the distinct labels of `column` (n,); raise ValueError for a missing one."""
         series = columns.as_series(column, self.name)
@@ -279,8 +301,7 @@ class CategoricalAxis(Axis):
         self._check_union(other)
         mine, theirs = self._fitted(), other._fitted()
         merged = mine.append(theirs[self.positions(theirs) < 0])
-        ordered = mine.equals(columns.sort_labels(mine)) and theirs.equals(columns.sort_labels(theirs))
-        return replace(self, distinct=columns.sort_labels(merged) if ordered else merged)
+        return replace(self, distinct=columns.sort_labels(merged) if self.is_sorted and other.is_sorted else merged)
 
 
 def axis_from_state(state: dict[str, Any]) -> Axis:

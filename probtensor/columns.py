@@ -61,6 +61,13 @@ def measured(column: pd.Series) -> pd.Index:
     return index
 
 
+def hashes(index: pd.Index) -> npt.NDArray[np.uint64]:
+    """Return a hash (n,) of each value: the same in every process for equal values of one dtype."""
+    is_time = isinstance(index, (pd.DatetimeIndex, pd.TimedeltaIndex))
+    values = ticks(index) if is_time else index.to_numpy()
+    return np.asarray(pd.util.hash_array(values, categorize=False), dtype=np.uint64)
+
+
 def unit_kind(index: pd.Index) -> str:
     """Return in words which coordinates can be compared with those of `index`."""
     if isinstance(index, pd.DatetimeIndex):

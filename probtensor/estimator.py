@@ -25,7 +25,7 @@ from torch import Tensor
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
 from probtensor.comm import Comm, Serial
 from probtensor.data import Duplicates, Observations, as_table
-from probtensor.intake import observe_together, row_numbers, seen_labels
+from probtensor.intake import Table, observe_together, row_keys, seen_labels
 from probtensor.persistence import write_state
 from probtensor.predictive import Predictive
 from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
@@ -130,15 +130,12 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 raise ValueError(f'duplicates: expected "observations" with {name}, got {self.duplicates!r}')
         before = dict(self.__dict__)
         try:
-            observed, weights = observe_together(
-                lambda axes: Observations.from_table(X, y, axes, self.duplicates),
-                lambda n: (row_numbers(sample_weight, "sample_weight", n), row_numbers(noise_std, "noise_std", n)),
-                self.axes,
-                comm,
-            )
-            self.dtype_ = np.dtype(np.float32 if getattr(y, "dtype", None) in (np.float32, torch.float32) else float)
+            weights = {"sample_weight": sample_weight, "noise_std": noise_std}
+            observed, (count, std) = observe_together(X, y, self.axes, self.duplicates, weights, comm)
+            single = getattr(y, "dtype", None) in (np.float32, torch.float32) or observed.n_observed == 0
+            self.dtype_ = np.dtype(np.float32 if b"no" not in comm.gather_bytes(b"yes" if single else b"no") else float)
             with threads_for(observed.n_observed):
-                self._fit_observed(observed, *weights, comm)
+                self._fit_observed(observed, count, std, comm)
         except BaseException:
             # Neither bad input nor Ctrl-C leaves the new data's axes and units beside an old posterior.
             self.__dict__.clear()
@@ -162,13 +159,14 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             self.y_mean_ = total / count
             scale = math.sqrt(float(comm.sum((weight * (values - self.y_mean_) ** 2).sum()[None])) / count)
             self.y_scale_ = scale if scale > 1e-12 * abs(self.y_mean_) else 1.0
-        self._fit(
+        table = Table(
             observed.positions.to(device),
             (values - self.y_mean_) / self.y_scale_,
-            comm,
             None if sample_weight is None else sample_weight.to(device),
             None if noise_std is None else (self.y_scale_ / noise_std.to(device)) ** 2,
+            row_keys(observed.positions, observed.values).to(device),
         )
+        self._fit(table, comm)
 
     def predict(self, X: Any, return_std: bool = False) -> FloatArray | tuple[FloatArray, FloatArray]:
         """Predictive mean of y, and its standard deviation.
@@ -352,14 +350,8 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """Set the fitted attributes from what `to_state` gave."""
 
     @abstractmethod
-    def _fit(
-        self, positions: Tensor, values: Tensor, comm: Comm, count: Tensor | None, precision: Tensor | None
-    ) -> None:
-        """Fit to positions (n, K) in the axes and standardised values (n,).
-
-        `count` (n,) says how often each row counts, `precision` (n,) one over the known variance of its standardised
-        value; None where nothing is known.
-        """
+    def _fit(self, table: Table, comm: Comm) -> None:
+        """Fit to this rank's rows, of which there may be none where there are several ranks."""
 
     @abstractmethod
     def _predictive(self, where: Where) -> Predictive:

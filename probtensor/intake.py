@@ -1,8 +1,8 @@
 """Rows of one rank as they come in: validated, and agreed upon with the other ranks."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,48 @@ from torch import Tensor
 
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
 from probtensor.columns import to_cpu_array
-from probtensor.comm import Comm, Serial
-from probtensor.data import Observations
+from probtensor.comm import Comm, Serial, refuse_together
+from probtensor.data import Duplicates, Observations
 
-__all__ = ["Weights", "observe_more", "observe_together", "row_numbers", "seen_after", "seen_labels"]
+__all__ = [
+    "Table",
+    "observe_more",
+    "observe_together",
+    "row_keys",
+    "row_numbers",
+    "scramble",
+    "seen_after",
+    "seen_labels",
+]
 
-Weights = tuple[Tensor | None, Tensor | None]
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows of one rank, as a model takes them.
+
+    Attributes
+    ----------
+    positions : Tensor, shape (n, K), int64
+        In the axes.
+    values : Tensor, shape (n,)
+        Standardised.
+    count, precision : Tensor, shape (n,), or None
+        How often each row counts; one over the known variance of its value.
+    key : Tensor, shape (n,), int64
+        See `row_keys`.
+    """
+
+    positions: Tensor
+    values: Tensor
+    count: Tensor | None
+    precision: Tensor | None
+    key: Tensor
+
+    def take(self, rows: Tensor) -> "Table":
+        """Some of the rows, by a mask or by indexes."""
+        count = None if self.count is None else self.count[rows]
+        precision = None if self.precision is None else self.precision[rows]
+        return Table(self.positions[rows], self.values[rows], count, precision, self.key[rows])
 
 
 def seen_labels(observed: Observations, comm: Comm) -> dict[str, npt.NDArray[np.bool_]]:
@@ -43,30 +79,113 @@ def row_numbers(given: Any, name: str, n: int) -> Tensor | None:
 
 
 def observe_together(
-    observe: Callable[[Sequence[Axis] | None], Observations],
-    weigh: Callable[[int], Weights],
-    axes: Sequence[Axis] | None,
-    comm: Comm,
-) -> tuple[Observations, Weights]:
-    """Rows of this rank in axes that hold what any rank has seen; what is wrong on one rank is refused on all."""
+    X: Any, y: Any, axes: Sequence[Axis] | None, duplicates: Duplicates, weights: Mapping[str, Any], comm: Comm
+) -> tuple[Observations, list[Tensor | None]]:
+    """Rows of this rank in axes that hold what any rank has seen; what is wrong on one rank is refused on all.
+
+    Parameters
+    ----------
+    X, y
+        As `Observations.from_table` takes them; on several ranks some may have no rows.
+    axes : sequence of Axis, optional
+    duplicates : {"observations", "error", "sum", "mean"}
+    weights : mapping of str to array_like or None
+        Numbers above 0, one a row, by the name of their argument.
+    comm : Comm
+
+    Returns
+    -------
+    Observations
+    list of Tensor, shape (n,), or None
+        In the order of `weights`.
+    """
+
+    def look() -> tuple[Observations | None, list[Tensor | None]]:
+        if comm.size > 1 and np.shape(X)[:1] == (0,) and np.shape(y) == (0,):
+            return None, [None if given is None else torch.zeros(0, dtype=torch.float64) for given in weights.values()]
+        observed = Observations.from_table(X, y, axes, duplicates)
+        for axis in observed.axes:
+            if comm.size > 1:
+                axis.to_state()  # refuses labels that could not be sent
+        return observed, [row_numbers(given, name, observed.n_observed) for name, given in weights.items()]
+
+    observed, numbers = refuse_together(comm, look)
     if comm.size == 1:
-        observed = observe(axes)
-        return observed, weigh(observed.n_observed)
-    fault = ""
-    try:
-        observed = observe(axes)
-        weights = weigh(observed.n_observed)
-    except ValueError as error:
-        fault = str(error)
-    faults = [data.decode() for data in comm.gather_bytes(fault.encode())]
-    if any(faults):
-        raise ValueError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(faults) if text))
-    states = comm.gather_bytes(json.dumps([axis.to_state() for axis in observed.axes]).encode())
-    ranks = [[axis_from_state(state) for state in json.loads(data)] for data in states]
-    agreed = list(ranks[0])
-    for other in ranks[1:]:
-        agreed = [a.union(b) for a, b in zip(agreed, other, strict=True)]
-    return observe(agreed), weights
+        assert observed is not None
+        return observed, numbers
+    agreed = _agree(None if observed is None else observed.axes, comm)
+    if observed is None:
+        return Observations(agreed, torch.zeros(0, len(agreed), dtype=torch.int64), torch.zeros(0).double()), numbers
+    places = [torch.from_numpy(_places(old, new)) for old, new in zip(observed.axes, agreed, strict=True)]
+    moved = [place[position] for place, position in zip(places, observed.positions.T, strict=True)]
+    return Observations(agreed, torch.stack(moved, dim=1), observed.values), numbers
+
+
+def _agree(mine: tuple[Axis, ...] | None, comm: Comm) -> tuple[Axis, ...]:
+    """Axes with the distinct values of all ranks, from this rank's (None where it has no rows).
+
+    Each value goes to one rank by its hash, which drops repetitions, and then to all: no rank holds more than its own
+    values, its share of all ranks' and the result.
+    """
+    about = None if mine is None else [[replace(axis, distinct=None).to_state(), axis.is_sorted] for axis in mine]
+    abouts = [json.loads(data) for data in comm.gather_bytes(json.dumps(about).encode())]
+    first = next((about for about in abouts if about is not None), None)
+    if first is None:
+        raise ValueError("X, y: expected at least one observation, got none on any rank")
+    for rank, other in enumerate(abouts):
+        if other is not None and [state for state, _ in other] != [state for state, _ in first]:
+            names = [[axis_from_state(state) for state, _ in about] for about in (first, other)]
+            raise ValueError(f"X: expected the same axes on every rank, got {names[0]} and, on rank {rank}, {names[1]}")
+    agreed = []
+    for mode in range(len(first)):
+        # Labels whose order is that of appearance stay together, so that ranks keep it.
+        n_parts = comm.size if all(about[mode][1] for about in abouts if about is not None) else 1
+        parts = [b""] * comm.size
+        if mine is not None:
+            for part, values in enumerate(mine[mode].split(n_parts)):
+                parts[part] = _to_bytes(values)
+        received = comm.exchange_bytes(parts)
+        share = refuse_together(comm, lambda: _union(received))  # noqa: B023 - called at once
+        everything = comm.gather_bytes(b"" if share is None else _to_bytes(share))
+        whole = refuse_together(comm, lambda: _union(everything))  # noqa: B023
+        assert whole is not None
+        agreed.append(whole)
+    return tuple(agreed)
+
+
+def _to_bytes(axis: Axis) -> bytes:
+    return json.dumps(axis.to_state()).encode() if axis.size else b""
+
+
+def _union(states: Sequence[bytes]) -> Axis | None:
+    """The axis of all that there are, merged in pairs."""
+    axes = [axis_from_state(json.loads(state)) for state in states if state]
+    while len(axes) > 1:
+        axes = [a.union(b) for a, b in zip(axes[::2], axes[1::2], strict=False)] + axes[len(axes) & ~1 :]
+    return axes[0] if axes else None
+
+
+def row_keys(positions: Tensor, values: Tensor) -> Tensor:
+    """A number in [0, 2^53) of each row (n,), int64, from what it holds: the same whichever rank has it.
+
+    Parameters
+    ----------
+    positions : Tensor, shape (n, K), int64
+    values : Tensor, shape (n,), float64
+        As they were given.
+    """
+    key = scramble(values.cpu().view(torch.int64))
+    for column in positions.cpu().T:
+        key = scramble(key * 1_000_003 + column)
+    return (key >> 10).to(values.device)
+
+
+def scramble(numbers: Tensor) -> Tensor:
+    """Scramble int64 numbers into [0, 2^63): splitmix64 (Steele, Lea, Flood 2014)."""
+    z = numbers.numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
 
 
 def observe_more(table: pd.DataFrame, y: Any, axes: Sequence[Axis]) -> tuple[Observations, list[Tensor]]:

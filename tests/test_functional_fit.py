@@ -10,11 +10,12 @@ from sklearn.exceptions import ConvergenceWarning
 
 from probtensor.comm import Comm, Serial
 from probtensor.gaussian import Gamma
+from probtensor.intake import Table
 from probtensor.likelihoods import Likelihood, Poisson, StudentT
 from probtensor.models import FunBaT
 from probtensor.models.functional_fit import Fitted, fit
 from probtensor.models.functional_state import Rows
-from probtensor.models.functional_table import Table, has_repeated_cells, spread_cells, uniform
+from probtensor.models.functional_table import has_repeated_cells, spread_cells, uniform
 from probtensor.models.functional_tucker import LIGHT_TAILS, FunctionalTucker
 from probtensor.models.latent_functions import ExchangeableRows
 from probtensor.models.relevance import contributions
@@ -174,7 +175,7 @@ def fit_table(model: FunctionalTucker, table: Table, **options: object) -> Fitte
 def held_out_rows(table: Table, share: float) -> torch.Tensor:
     """The rows that `fit_table` holds out: the first number of its generator is their seed."""
     generator = torch.Generator().manual_seed(0)
-    return uniform(table.number, int(torch.randint(2**62, (1,), generator=generator))) < share
+    return uniform(table.key, int(torch.randint(2**62, (1,), generator=generator))) < share
 
 
 LIKELIHOODS = {"gaussian": None, "student-t": StudentT(dof=4.0), "no nugget": StudentT(dof=4.0, nugget=False)}
@@ -291,17 +292,17 @@ def test_cells_are_dealt_whole_and_no_row_is_lost(size: int, weights: bool) -> N
     found = dealt([whole.take(part) for part in parts])
     owners: dict[tuple[int, ...], set[int]] = {}
     for rank, table in enumerate(found):
-        assert table.positions.dtype == table.number.dtype == torch.int64
-        assert torch.equal(table.number, table.number.sort().values)
+        assert table.positions.dtype == table.key.dtype == torch.int64
+        assert torch.equal(table.key, table.key.sort().values)
         for cell in table.positions.tolist():
             owners.setdefault(tuple(cell), set()).add(rank)
         for name in ("positions", "values", "count", "precision"):
             column = getattr(whole, name)
             assert (getattr(table, name) is None) == (column is None)
             if column is not None:
-                assert torch.equal(getattr(table, name), column[table.number])
+                assert torch.equal(getattr(table, name), column[table.key])
     assert all(len(ranks) == 1 for ranks in owners.values())
-    assert torch.equal(torch.cat([table.number for table in found]).sort().values, torch.arange(500))
+    assert torch.equal(torch.cat([table.key for table in found]).sort().values, torch.arange(500))
     sizes = [len(table.values) for table in found]
     assert min(sizes) > 500 / size / 3  # evenly, more or less
 
@@ -311,5 +312,5 @@ def test_where_cells_go_does_not_depend_on_who_held_them() -> None:
     one = dealt([whole.take(torch.arange(0, 150)), whole.take(torch.arange(150, 200))])
     other = dealt([whole.take(torch.arange(0, 20)), whole.take(torch.arange(20, 200))])
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.number, b.number)
+        assert torch.equal(a.key, b.key)
         assert torch.equal(a.values, b.values)

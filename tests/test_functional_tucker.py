@@ -17,11 +17,12 @@ from probtensor.contract import unpack
 from probtensor.gaussian import Gamma
 from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
+from probtensor.intake import Table
 from probtensor.kernels import Matern, White
 from probtensor.likelihoods import Bernoulli, Entries, Likelihood, NegativeBinomial, Poisson, StudentT
 from probtensor.models import FunBaT
 from probtensor.models.functional_state import Rows, State
-from probtensor.models.functional_table import Table, table_rows
+from probtensor.models.functional_table import table_rows
 from probtensor.models.functional_tucker import LIGHT_TAILS, FunctionalTucker
 from probtensor.models.latent_functions import ExchangeableRows, GaussianProcess
 from tests.reference import (

@@ -99,7 +99,7 @@ def test_imports_point_one_way(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_communicator_knows_mpi(module: str) -> None:
     knows = any(inside(name, "mpi4py") for name in imported(parse(MODULES[module])))
-    assert knows == (module == "probtensor.comm")
+    assert knows == (module == "probtensor.comm_mpi")
 
 
 @pytest.mark.parametrize("path", MODULES.values(), ids=MODULES.keys())

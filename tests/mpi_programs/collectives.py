@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-import probtensor.comm as comm_module
-from probtensor.comm import Mpi, Serial, abort_on_error, world
+import probtensor.comm_mpi as comm_module
+from probtensor.comm import Serial, abort_on_error, world
+from probtensor.comm_mpi import Mpi
+from probtensor.comm_nccl import Nccl
 
 SHAPES = [(), (1,), (0,), (2, 0, 3), (7,), (3, 5), (1001,), (2, 3, 4)]
 
@@ -55,6 +57,39 @@ def check_gather_bytes(comm: Mpi) -> None:
     ):
         expected = [bytes((rank + i) % 256 for i in range(length)) for rank, length in enumerate(lengths)]
         assert comm.gather_bytes(expected[comm.rank]) == expected
+
+
+def check_exchange_bytes(comm: Mpi) -> None:
+    def sent(source: int, target: int) -> bytes:
+        return bytes([source, target]) * ((source * 7 + target * 3) % 11)
+
+    received = comm.exchange_bytes([sent(comm.rank, target) for target in range(comm.size)])
+    assert received == [sent(source, comm.rank) for source in range(comm.size)]
+
+
+def check_torch_distributed(comm: Nccl) -> None:
+    """What NCCL does between GPUs, done by Gloo in host memory."""
+    for dtype in (torch.float64, torch.float32, torch.int64):
+        for shape in SHAPES:
+            mine = held_by(comm.rank, shape, dtype)
+            before = mine.clone()
+            total, expected = comm.sum(mine), held_by(0, shape, dtype)
+            for rank in range(1, comm.size):
+                expected = expected + held_by(rank, shape, dtype)
+            assert (total.dtype, total.shape) == (dtype, mine.shape)
+            torch.testing.assert_close(total, expected, rtol=1e-5, atol=0 if dtype == torch.int64 else 1e3)
+            assert len(set(comm.gather_bytes(total.numpy().tobytes()))) == 1
+            assert torch.equal(mine, before)
+        for root in range(comm.size):
+            mine = held_by(comm.rank, (3, 4), dtype)
+            assert torch.equal(comm.broadcast(mine.T, root), held_by(root, (3, 4), dtype).T)
+    try:
+        comm.sum(torch.zeros(2 + comm.rank))
+    except ValueError as error:
+        assert "rank 1: sum of torch.float32 (3,)" in str(error)
+    else:
+        raise AssertionError("shapes differ")
+    comm.barrier(timeout=30.0)
 
 
 def outgoing(rank: int, size: int, n: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +182,10 @@ def main() -> None:
         for dtype in (torch.bool, torch.float16, torch.complex128):
             mine = torch.full((5,), comm.rank + 1).to(dtype)
             assert torch.equal(comm.broadcast(mine, size - 1), torch.full((5,), size).to(dtype))
+        check_exchange_bytes(comm)
         check_strided_and_differentiable(comm)
+        if size > 1:
+            check_torch_distributed(Nccl(comm, backend="gloo"))
         check_refusals(comm)
         for _ in range(20):
             comm.barrier(timeout=30.0)

@@ -3,7 +3,8 @@
 import sys
 import time
 
-from probtensor.comm import Mpi, abort_on_error
+from probtensor.comm import abort_on_error
+from probtensor.comm_mpi import Mpi
 
 
 def main() -> None:
