@@ -8,6 +8,7 @@ summed values only.
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from probtensor.comm import Comm
 
-__all__ = ["MessagePassingModel", "Result", "run"]
+__all__ = ["MessagePassingModel", "Progress", "Result", "run"]
 
 StateT = TypeVar("StateT")
 RowsT = TypeVar("RowsT")
@@ -66,6 +67,27 @@ class MessagePassingModel(Protocol[StateT, RowsT, BlockT]):
         ...
 
 
+class Progress(NamedTuple, Generic[StateT]):
+    """A run under way.
+
+    Attributes
+    ----------
+    trial : int
+        Which of several starts is tried; as many as there are: the best one goes on.
+    state
+        The posterior.
+    history : list of float
+        Its bound after each sweep.
+    best : tuple of state and history, or None
+        Of the trials before.
+    """
+
+    trial: int
+    state: StateT
+    history: list[float]
+    best: tuple[StateT, list[float]] | None
+
+
 class Result(NamedTuple, Generic[StateT]):
     """What a run ends with.
 
@@ -91,7 +113,7 @@ class Result(NamedTuple, Generic[StateT]):
 @torch.no_grad()
 def run(
     model: MessagePassingModel[StateT, RowsT, BlockT],
-    rows: RowsT,
+    given: RowsT,
     *,
     comm: Comm,
     generator: torch.Generator,
@@ -100,7 +122,8 @@ def run(
     scale: float,
     n_init: int = 1,
     min_iter: int = 0,
-    state: StateT | None = None,
+    resume: Progress[StateT] | None = None,
+    after_sweep: Callable[[Progress[StateT]], bool] | None = None,
     progress: bool = True,
 ) -> Result[StateT]:
     """Sweep until the bound settles.
@@ -108,7 +131,7 @@ def run(
     Parameters
     ----------
     model : MessagePassingModel
-    rows
+    given
         This rank's rows.
     comm : Comm
         Sums over ranks.
@@ -124,8 +147,10 @@ def run(
         Starts; the one with the highest bound after `SCREENING` sweeps goes on.
     min_iter : int, default 0
         Sweeps at least.
-    state : optional
+    resume : Progress, optional
         Where to go on from, instead of starting anew.
+    after_sweep : callable, optional
+        Told how far the run is after each sweep; whether it has kept that.
     progress : bool, default True
         Show a progress bar on rank 0, once the run has taken a second.
 
@@ -143,45 +168,58 @@ def run(
     ConvergenceWarning
         If `max_iter` is reached.
     """
-    screening = min(SCREENING, max_iter) if n_init > 1 and state is None else 0
-    n_starts = n_init if state is None else 0
-    total = n_starts * screening + max_iter - screening
-    with tqdm(total=total, desc="sweeps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
+    screening = min(SCREENING, max_iter) if n_init > 1 else 0
+    done = 0 if resume is None else min(resume.trial, n_init) * screening + len(resume.history)
+    total = n_init * screening + max_iter - screening
+    with tqdm(
+        total=total, initial=done, desc="sweeps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)
+    ) as bar:
 
-        def sweep(state: StateT, rows: RowsT, history: list[float]) -> tuple[StateT, RowsT]:
+        def sweep(now: Progress[StateT], rows: RowsT) -> tuple[Progress[StateT], RowsT]:
+            state, number = now.state, len(now.history) + 1
             try:
                 for block in model.blocks:
                     state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
                 state, rows = model.end_sweep(state, rows, comm.sum)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise FloatingPointError(f"sweep {len(history) + 1} met a singular matrix; {ADVICE}") from error
-            history.append(_finite(float(model.bound(state)), len(history) + 1))
+                raise FloatingPointError(f"sweep {number} met a singular matrix; {ADVICE}") from error
+            # From rank 0, since ranks on other processors may round otherwise, and all must decide alike.
+            bound = _finite(float(comm.broadcast(model.bound(state))), number)
             bar.update()
-            bar.set_postfix(bound=f"{history[-1]:.6g}", refresh=False)
-            return state, rows
+            bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
+            now = now._replace(state=state, history=[*now.history, bound])
+            if after_sweep is not None and after_sweep(now):
+                rows = model.begin(state, given)  # as whoever goes on from there will
+            return now, rows
 
-        history: list[float] = []
-        if state is not None:
-            rows = model.begin(state, rows)
-        else:
-            statistics = comm.sum(model.local_start(rows))
-            best: tuple[StateT, RowsT, list[float]] | None = None
-            for trial in range(n_init):
-                tried = model.start(statistics, generator, trial)
-                tried_rows, tried_history = model.begin(tried, rows), list[float]()
-                for _ in range(screening):
-                    tried, tried_rows = sweep(tried, tried_rows, tried_history)
-                if best is None or tried_history[-1] > best[2][-1]:
-                    best = tried, tried_rows, tried_history
-            assert best is not None  # n_init >= 1
-            state, rows, history = best
-        while len(history) < max_iter:
-            state, rows = sweep(state, rows, history)
-            if len(history) < max(min_iter, PATIENCE + 1):
+        @cache
+        def start_sums() -> Tensor:
+            return comm.sum(model.local_start(given))
+
+        def start(trial: int, best: tuple[StateT, list[float]] | None) -> Progress[StateT]:
+            return Progress(trial, model.start(start_sums(), generator, trial), [], best)
+
+        now = resume if resume is not None else start(0, None)
+        rows = model.begin(now.state, given)
+        while now.trial < n_init and screening:
+            if len(now.history) < screening:
+                now, rows = sweep(now, rows)
                 continue
-            if abs(history[-1] - history[-1 - PATIENCE]) <= tol * max(abs(history[-1]), scale):
-                reason = f"the bound changed by less than tol={tol:g} (relative) over {PATIENCE} sweeps"
-                return Result(state, history, len(history), True, reason)
+            best = now.state, now.history
+            if now.best is not None and now.best[1][-1] >= best[1][-1]:
+                best = now.best
+            now = start(now.trial + 1, best) if now.trial + 1 < n_init else Progress(n_init, *best, None)
+            rows = model.begin(now.state, given)
+        while True:
+            history = now.history
+            if len(history) >= max(min_iter, PATIENCE + 1):
+                change = abs(history[-1] - history[-1 - PATIENCE])
+                if change <= tol * max(abs(history[-1]), scale):
+                    reason = f"the bound changed by less than tol={tol:g} (relative) over {PATIENCE} sweeps"
+                    return Result(now.state, history, len(history), True, reason)
+            if len(history) >= max_iter:
+                break
+            now, rows = sweep(now, rows)
     reason = f"max_iter={max_iter} sweeps done"
     if comm.is_root:
         warnings.warn(
@@ -190,7 +228,7 @@ def run(
             ConvergenceWarning,
             stacklevel=8,  # the line that called fit: past run, its no_grad, sweeps, fit, _fit, _fit_observed and fit
         )
-    return Result(state, history, max_iter, False, reason)
+    return Result(now.state, now.history, max_iter, False, reason)
 
 
 def _finite(bound: float, n_sweeps: int) -> float:

@@ -12,10 +12,11 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from probtensor.axes import Axis
+from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm, Serial, refuse_together
 from probtensor.data import Duplicates
-from probtensor.estimator import TensorRegressor, Where
-from probtensor.intake import Table, observe_more, row_keys, row_numbers, seen_after
+from probtensor.estimator import TensorRegressor
+from probtensor.intake import Table, Where, observe_more, row_keys, row_numbers, seen_after
 from probtensor.likelihoods import Likelihood, StudentT
 from probtensor.models.funbat_parameters import build_model, check_parameters, resolve_likelihood, resolve_ranks
 from probtensor.models.funbat_state import (
@@ -324,7 +325,7 @@ class FunBaT(TensorRegressor):
             for axis, f, factor in zip(self.axes_, self._model.functions, self._state.factors, strict=True)
         }
 
-    def _fit(self, table: Table, comm: Comm) -> None:
+    def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         check_parameters(self.get_params(deep=False))
         self.rank_ = resolve_ranks(self.rank, self.form, self.axes_, bool(self.main_effects))
         values, count, precision = table.values, table.count, table.precision
@@ -349,6 +350,7 @@ class FunBaT(TensorRegressor):
             tol=self.tol,
             n_init=self.n_init,
             progress=self.progress,
+            checkpoints=checkpoints,
         )
         self._keep(fitted)
 

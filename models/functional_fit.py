@@ -12,10 +12,12 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture, with_tail
+from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm
-from probtensor.inference.message_passing import Result, run
+from probtensor.inference.message_passing import Progress, Result, run
 from probtensor.intake import Table
 from probtensor.likelihoods import Entries, StudentT
+from probtensor.models.functional_stage import Stage, begin_stage, read_stage, write_stage
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_table import table_rows, uniform
 from probtensor.models.functional_tucker import COLD_SWEEPS, LIGHT_TAILS, WARM_UP, FunctionalTucker
@@ -53,6 +55,7 @@ def fit(
     tol: float,
     n_init: int,
     progress: bool,
+    checkpoints: Checkpoints | None = None,
 ) -> Fitted:
     """Fit the model.
 
@@ -70,6 +73,8 @@ def fit(
         Components that contribute less, in standard deviations of the values, are dropped.
     max_iter, tol, n_init, progress
         See `probtensor.inference.message_passing.run`.
+    checkpoints : Checkpoints, optional
+        Where the state goes while the fit is under way, and where it comes from when the fit goes on.
 
     Returns
     -------
@@ -81,7 +86,21 @@ def fit(
     location_scale = model.likelihood is None or model.likelihood.location_scale
     share = min(share, MAX_HELD_OUT / total) if location_scale else 0.0
 
-    def sweeps(model: FunctionalTucker, rows: Rows, n: int, least: int, state: State | None) -> Result[State]:
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    saved = None if checkpoints is None else checkpoints.read()
+    at = begin_stage(seed)
+    if saved is not None:
+        model, at = read_stage(model, *saved, table.values.device)
+        generator.set_state(saved[0]["generator"])
+
+    def sweeps(stage: Stage, model: FunctionalTucker, rows: Rows, n: int, least: int) -> Result[State]:
+        def keep(now: Progress[State]) -> bool:
+            assert checkpoints is not None
+            due = checkpoints.due()
+            if due:
+                checkpoints.write(*write_stage(stage._replace(progress=now), model, generator))
+            return due
+
         return run(
             model,
             rows,
@@ -92,41 +111,46 @@ def fit(
             scale=float(total),
             n_init=n_init,
             min_iter=least,
-            state=state,
+            resume=stage.progress,
+            after_sweep=None if checkpoints is None else keep,
             progress=progress,
         )
 
     first = LIGHT_TAILS if model.likelihood is not None and model.likelihood.light_tailed() != model.likelihood else 0
     cold = COLD_SWEEPS if model.likelihood is not None and model.likelihood.cold != 1 else 0
-    draw = uniform(table.key, int(torch.randint(2**62, (1,), generator=generator)))
-    held = draw < share
-
-    kept = table.take(~held)
-    rows, cells = table_rows(model, kept)
     calibrating = share > 0
-    with _no_convergence_warning(calibrating):
-        result = sweeps(model, rows, max_iter, max(first, cold, WARM_UP) + 4, None)
-    history, phases = result.bound_history, [0, first] if 0 < first < result.n_iter else [0]
-    smaller, state = prune(model, result.state, rows, comm, prune_below)
-    calibration: tuple[ScaleMixture, ...] = ()
-    if calibrating:
-        observation = _observation(smaller, state, rows, cells, table, comm)
-        calibration = _calibrate(smaller, state, observation, table.take(held), comm)
-        rows, cells = table_rows(smaller, table)
-        n_rows, square = comm.sum(smaller.local_start(rows)[:2])
-        state = state._replace(n_rows=n_rows, square=square)
-    if calibrating or smaller is not model:
+    held = uniform(table.key, at.seed) < share
+
+    if not at.is_last:
+        rows, cells = table_rows(model, table.take(~held))
+        with _no_convergence_warning(calibrating):
+            result = sweeps(at, model, rows, max_iter, max(first, cold, WARM_UP) + 4)
+        history, phases = result.bound_history, (0, first) if 0 < first < result.n_iter else (0,)
+        smaller, state = prune(model, result.state, rows, comm, prune_below)
+        calibration: tuple[ScaleMixture, ...] = ()
+        if calibrating:
+            observation = _observation(smaller, state, rows, cells, table, comm)
+            calibration = _calibrate(smaller, state, observation, table.take(held), comm)
+        again = calibrating or smaller is not model
+        if again:
+            phases = (*phases, result.n_iter)
+        at = Stage(at.seed, again, Progress(n_init, state, [], None), history, phases, calibration)
         model = smaller
-        phases.append(result.n_iter)
-        left = max(max_iter - result.n_iter, min(max_iter, WARM_UP))
-        result = sweeps(model, rows, left, WARM_UP, state)
-        state, history = result.state, history + result.bound_history
+    if at.is_last:
+        rows, cells = table_rows(model, table)
+        assert at.progress is not None
+        n_rows, square = comm.sum(model.local_start(rows)[:2])
+        state = at.progress.state._replace(n_rows=n_rows, square=square)
+        at = at._replace(progress=at.progress._replace(state=state))
+        left = max(max_iter - len(at.history), min(max_iter, WARM_UP))
+        result = sweeps(at, model, rows, left, WARM_UP)
+        state, history = result.state, at.history + result.bound_history
     found = None
     if location_scale:
         found = _observation(model, state, rows, cells, table, comm)
-        found = replace(found, seen=everywhere(found.seen, comm), calibration=calibration)
+        found = replace(found, seen=everywhere(found.seen, comm), calibration=at.calibration)
     relevance = contributions(model, state, rows, comm)
-    return Fitted(model, state, found, history, tuple(phases), relevance, result.converged, result.stop_reason)
+    return Fitted(model, state, found, history, at.phase_starts, relevance, result.converged, result.stop_reason)
 
 
 def _observation(

@@ -11,7 +11,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -23,9 +23,10 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
+from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm, Serial
 from probtensor.data import Duplicates, Observations, as_table
-from probtensor.intake import Table, observe_together, row_keys, seen_labels
+from probtensor.intake import Table, Where, observe_together, row_keys, seen_labels
 from probtensor.persistence import write_state
 from probtensor.predictive import Predictive
 from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
@@ -37,29 +38,6 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 class UnknownLabelWarning(UserWarning):
     """A label was not among the training data: its latent functions have what the others share, and a wide interval."""
-
-
-class Where:
-    """Entries asked for.
-
-    Attributes
-    ----------
-    encoded : list of Tensor, shape (n,)
-        One a mode: coordinates of a continuous mode, positions (-1: unknown) of a categorical one.
-    """
-
-    def __init__(self, axes: Sequence[Axis], table: pd.DataFrame, device: torch.device) -> None:
-        self._axes, self._table = axes, table
-        self.encoded = [torch.as_tensor(np.array(axis.encode(table[axis.name])), device=device) for axis in axes]
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """Positions (n, K) among the training coordinates, int64; -1 where a coordinate is none of them."""
-        columns = [torch.from_numpy(np.array(axis.positions(self._table[axis.name]))) for axis in self._axes]
-        return torch.stack(columns, dim=1).to(self.encoded[0].device)
 
 
 class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
@@ -93,7 +71,16 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
     feature_names_in_: npt.NDArray[Any]
 
     def fit(
-        self, X: Any, y: Any, sample_weight: Any = None, *, noise_std: Any = None, comm: Comm | None = None
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        noise_std: Any = None,
+        comm: Comm | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
     ) -> Self:
         """Fit the model to observed entries.
 
@@ -111,6 +98,13 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         comm : Comm, optional
             The ranks that fit together, each with its own rows; see `probtensor.comm.world`. Default: this process
             alone.
+        checkpoint : path-like, optional
+            Folder for the state of the fit while it is under way; SIGTERM writes it too, and ends the process. A fit of
+            the same rows with the same parameters, on any number of ranks, can go on from there.
+        checkpoint_every : int, default 10
+            Iterations from one checkpoint to the next.
+        resume : bool, default False
+            Go on from the newest checkpoint in the folder, if there is one.
 
         Returns
         -------
@@ -119,7 +113,8 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If X or y is malformed, empty or not finite, or a parameter does not fit the data.
+            If X or y is malformed, empty or not finite, a parameter does not fit the data, or checkpoints are of
+            another fit.
         """
         comm = Serial() if comm is None else comm
         merged = self.duplicates != "observations"
@@ -135,7 +130,14 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             single = getattr(y, "dtype", None) in (np.float32, torch.float32) or observed.n_observed == 0
             self.dtype_ = np.dtype(np.float32 if b"no" not in comm.gather_bytes(b"yes" if single else b"no") else float)
             with threads_for(observed.n_observed):
-                self._fit_observed(observed, count, std, comm)
+                table = self._standardise(observed, count, std, comm)
+                checkpoints = None
+                if checkpoint is not None:
+                    kind = f"{type(self).__module__}.{type(self).__qualname__}"
+                    given = checkpoint, checkpoint_every, resume, comm
+                    checkpoints = Checkpoints(*given, kind, self._params_state(), table)
+                with nullcontext() if checkpoints is None else checkpoints.watching():
+                    self._fit(table, comm, checkpoints)
         except BaseException:
             # Neither bad input nor Ctrl-C leaves the new data's axes and units beside an old posterior.
             self.__dict__.clear()
@@ -143,9 +145,9 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise
         return self
 
-    def _fit_observed(
+    def _standardise(
         self, observed: Observations, sample_weight: Tensor | None, noise_std: Tensor | None, comm: Comm
-    ) -> None:
+    ) -> Table:
         self.axes_ = observed.axes
         self._seen = seen_labels(observed, comm)
         self.n_features_in_ = observed.order
@@ -159,14 +161,13 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             self.y_mean_ = total / count
             scale = math.sqrt(float(comm.sum((weight * (values - self.y_mean_) ** 2).sum()[None])) / count)
             self.y_scale_ = scale if scale > 1e-12 * abs(self.y_mean_) else 1.0
-        table = Table(
+        return Table(
             observed.positions.to(device),
             (values - self.y_mean_) / self.y_scale_,
             None if sample_weight is None else sample_weight.to(device),
             None if noise_std is None else (self.y_scale_ / noise_std.to(device)) ** 2,
             row_keys(observed.positions, observed.values).to(device),
         )
-        self._fit(table, comm)
 
     def predict(self, X: Any, return_std: bool = False) -> FloatArray | tuple[FloatArray, FloatArray]:
         """Predictive mean of y, and its standard deviation.
@@ -350,7 +351,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """Set the fitted attributes from what `to_state` gave."""
 
     @abstractmethod
-    def _fit(self, table: Table, comm: Comm) -> None:
+    def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         """Fit to this rank's rows, of which there may be none where there are several ranks."""
 
     @abstractmethod

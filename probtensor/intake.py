@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from probtensor.data import Duplicates, Observations
 
 __all__ = [
     "Table",
+    "Where",
     "observe_more",
     "observe_together",
     "row_keys",
@@ -55,6 +57,29 @@ class Table:
         count = None if self.count is None else self.count[rows]
         precision = None if self.precision is None else self.precision[rows]
         return Table(self.positions[rows], self.values[rows], count, precision, self.key[rows])
+
+
+class Where:
+    """Entries asked for.
+
+    Attributes
+    ----------
+    encoded : list of Tensor, shape (n,)
+        One a mode: coordinates of a continuous mode, positions (-1: unknown) of a categorical one.
+    """
+
+    def __init__(self, axes: Sequence[Axis], table: pd.DataFrame, device: torch.device) -> None:
+        self._axes, self._table = axes, table
+        self.encoded = [torch.as_tensor(np.array(axis.encode(table[axis.name])), device=device) for axis in axes]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Positions (n, K) among the training coordinates, int64; -1 where a coordinate is none of them."""
+        columns = [torch.from_numpy(np.array(axis.positions(self._table[axis.name]))) for axis in self._axes]
+        return torch.stack(columns, dim=1).to(self.encoded[0].device)
 
 
 def seen_labels(observed: Observations, comm: Comm) -> dict[str, npt.NDArray[np.bool_]]:

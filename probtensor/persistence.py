@@ -27,7 +27,7 @@ from safetensors.torch import save as save_tensors
 
 import probtensor
 
-__all__ = ["load", "read_header", "read_state", "write_state"]
+__all__ = ["load", "read_header", "read_state", "state_from_bytes", "write_state"]
 
 FORMAT_VERSION = 1
 HEADER_KEY = "probtensor"
@@ -117,7 +117,12 @@ def read_state(path: str | os.PathLike[str]) -> tuple[str, dict[str, torch.Tenso
     ValueError
         If the file is not a probtensor model, was written in a newer format, or is truncated or damaged.
     """
-    header, data = _read(path)
+    return state_from_bytes(_bytes(path), path)
+
+
+def state_from_bytes(data: bytes, path: str | os.PathLike[str]) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
+    """What :func:`read_state` returns, from the bytes of the file at `path`; raises its ValueErrors."""
+    header = _header(data, path)
     try:
         arrays = load_tensors(data)
     except (SafetensorError, ValueError) as error:
@@ -143,7 +148,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     FileNotFoundError, IsADirectoryError, ValueError
         As :func:`read_state`.
     """
-    return _read(path)[0]
+    return _header(_bytes(path), path)
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -194,14 +199,19 @@ def load(path: str | os.PathLike[str]) -> Any:
     return from_state(arrays, meta)
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes]:
-    """Return the checked header and all bytes of a model file."""
+def _bytes(path: str | os.PathLike[str]) -> bytes:
+    """Return all bytes of a model file."""
     file = Path(path)
     if file.is_dir():
         raise IsADirectoryError(f"expected a model file, got the folder {file}")
     if not file.exists():
         raise FileNotFoundError(f"no model file at {file}")
-    data = file.read_bytes()
+    return file.read_bytes()
+
+
+def _header(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the checked header of a model file."""
+    file = Path(path)
     size = int.from_bytes(data[:8], "little")
     if not data[8:].startswith(SIGNATURE):
         if SIGNATURE.startswith(data[8:]) and (len(data) <= 8 or size > len(SIGNATURE)):
@@ -221,7 +231,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bytes]:
             f"{file} has format version {format_version} (written by probtensor {header.get('probtensor_version')}); "
             f"probtensor {probtensor.__version__} reads versions up to {FORMAT_VERSION}: upgrade it"
         )
-    return header, data
+    return header  # type: ignore[no-any-return]
 
 
 def _damaged(path: str | os.PathLike[str], detail: str) -> ValueError:

@@ -36,10 +36,11 @@ class Known(TensorRegressor):
         self.device = device
         self.random_state = random_state
 
-    def _fit(self, positions, values, comm, count, precision):
+    def _fit(self, table, comm, checkpoints):
         if self.slope < 0:
             raise ValueError(f"slope: expected at least 0, got {self.slope}")
-        self.positions_, self.values_, self.count_, self.precision_ = positions, values, count, precision
+        self.positions_, self.values_ = table.positions, table.values
+        self.count_, self.precision_ = table.count, table.precision
 
     def _mean(self, where):
         return self.slope * where.encoded[0].double()

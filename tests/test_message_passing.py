@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from probtensor.comm import Comm, Serial
-from probtensor.inference.message_passing import SCREENING, run
+from probtensor.inference.message_passing import SCREENING, Progress, run
 from tests.reference import F64, f64
 
 
@@ -66,9 +66,13 @@ class Counting(Comm):
         return tensor
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        raise AssertionError("the loop sums, and does nothing else")
+        assert root == 0
+        return tensor
 
-    gather_bytes = exchange = barrier = abort = broadcast
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        raise AssertionError("the loop sums and hands the bound out, and does nothing else")
+
+    exchange_bytes = barrier = abort = gather_bytes
 
 
 def start(model: Toy, *, rows=(1.0, 2.0), comm: Comm | None = None, **options):
@@ -219,18 +223,19 @@ def test_rows_go_from_one_sweep_to_the_next():
     )
 
 
-def test_each_start_has_rows_of_its_own_and_the_best_keeps_its():
+def test_each_start_has_rows_of_its_own_and_the_best_gets_its_again():
     model = Renewing(lambda trial, n: geometric(trial, n) + (5.0 if trial == 1 else 0.0), blocks=("a",))
     result = start(model, rows=(5.0,), n_init=3, tol=1e-9)
-    assert model.began == [0, 1, 2]
+    assert model.began == [0, 1, 2, 1]
     said = [text for text in result.state.trace if text.startswith("a ")]
-    assert said == [f"a {105.0 + n}" for n in range(result.n_iter)]
+    since = [*range(SCREENING), *range(result.n_iter - SCREENING)]
+    assert said == [f"a {105.0 + n}" for n in since]
 
 
 def test_a_state_to_go_on_from_is_no_new_start():
     model = Renewing(geometric, blocks=("a",))
     earlier = ToyState(7, 4, ("earlier",))
-    result = start(model, rows=(5.0,), n_init=3, state=earlier, tol=1e-3)
+    result = start(model, rows=(5.0,), n_init=3, resume=Progress(3, earlier, [], None), tol=1e-3)
     assert model.started == []
     assert model.began == [7]
     assert result.state.trace[:3] == ("earlier", "a 105.0", "end")
@@ -239,9 +244,43 @@ def test_a_state_to_go_on_from_is_no_new_start():
 
 
 def test_a_state_to_go_on_from_sweeps_no_more_than_max_iter_and_sums_no_start():
-    comm = Counting()
+    comm, earlier = Counting(), Progress(5, ToyState(0, 0, ()), [], None)
     with pytest.warns(ConvergenceWarning):
-        result = start(
-            Toy(lambda trial, n: float(n), blocks=("a",)), comm=comm, n_init=5, state=ToyState(0, 0, ()), max_iter=6
-        )
+        result = start(Toy(lambda trial, n: float(n), blocks=("a",)), comm=comm, n_init=5, resume=earlier, max_iter=6)
     assert result.n_iter == comm.sums == 6
+
+
+# --- going on from where another run was -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_init", [1, 3])
+def test_a_run_that_goes_on_from_any_sweep_ends_as_if_it_had_never_stopped(n_init: int):
+    def bound(trial: int, sweeps: int) -> float:
+        return geometric(trial, sweeps) - (trial - 1) ** 2  # the second start is the best
+
+    seen: list[Progress] = []
+
+    def keep(now: Progress) -> bool:
+        seen.append(now)
+        return False
+
+    whole = start(Toy(bound), n_init=n_init, after_sweep=keep)
+    assert len(seen) == whole.n_iter + (n_init - 1) * SCREENING
+    for number, now in enumerate(seen):
+        model, later = Toy(bound), []
+        result = start(
+            model, n_init=n_init, resume=now, after_sweep=lambda now, later=later: later.append(now) or False
+        )
+        assert result == whole
+        assert later == seen[number + 1 :]
+
+
+def test_rows_are_begun_anew_where_the_state_was_kept():
+    class Restless(Toy):
+        def begin(self, state: ToyState, rows: Tensor) -> Tensor:
+            self.begun = (*getattr(self, "begun", ()), state.sweeps)
+            return rows
+
+    model = Restless(geometric)
+    result = start(model, after_sweep=lambda now: len(now.history) % 4 == 0)
+    assert model.begun == (0, *range(4, result.n_iter + 1, 4))
