@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 import probtensor as pt
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
+from benchmarks.ranks import rank_lines
 from benchmarks.scale import scale_lines
 from benchmarks.splits import count_references, count_table, funbat, funbat_counts, reference_methods, table
 from probtensor import plotting
@@ -222,6 +223,25 @@ def scale(
     lines = scale_lines(device, numbers, rank=rank, coordinates=coordinates, dtype=chosen)
     title = f"{_machine(device)}, rank {rank}, {coordinates:,} coordinates a mode, {dtype}"
     _report([f"{title}; {torch.get_num_threads()} threads", "", *lines], out)
+
+
+@app.command()
+def ranks(
+    ranks: Annotated[str, typer.Option(help="Numbers of MPI ranks, 1 the first; separated by commas.")] = "1,2",
+    sizes: str = "2000000",
+    rank: int = 8,
+    coordinates: int = 1000,
+    dtype: Literal["float32", "float64"] = "float64",
+    device: str = "cpu",
+    launcher: Annotated[str, typer.Option(help="What starts the ranks, without their number.")] = "mpiexec",
+    out: Out = None,
+) -> None:
+    """Seconds of a CP sweep of three modes on several MPI ranks, beside what the cost model predicts."""
+    options = {"rank": rank, "coordinates": coordinates, "dtype": dtype, "device": device}
+    numbers = [[int(x) for x in text.split(",")] for text in (ranks, sizes)]
+    lines = rank_lines(launcher.split(), numbers[0], numbers[1], **options)
+    title = f"{_machine(device)}, CP of rank {rank}, {coordinates:,} coordinates a mode, {dtype}, {launcher}"
+    _report([title, "", *lines], out)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from probtensor.models.functional_table import in_groups
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import GaussianProcess
 
-__all__ = ["scale_lines"]
+__all__ = ["random_rows", "scale_lines", "scale_model"]
 
 
 def scale_lines(
@@ -25,13 +25,7 @@ def scale_lines(
     Two floors, from the bandwidth of a copy on the same device: every number of the rows read once a mode; and with
     it the other modes' moments, once a row, as if no cache helped.
     """
-    generator = torch.Generator(device).manual_seed(0)
-    functions = tuple(
-        GaussianProcess(torch.linspace(0, 1, coordinates, dtype=dtype, device=device), Matern(1.5)) for _ in range(3)
-    )
-    one = torch.ones((), dtype=dtype, device=device)
-    free = (torch.ones(rank, dtype=torch.bool, device=device),) * 3
-    model = FunctionalTucker(functions, free, "cp", Gamma(one, one), learn=False)
+    model = scale_model(device, rank, coordinates, dtype)
     speed = _bandwidth(device)
     item = torch.finfo(dtype).bits // 8
     index = 4 if device.startswith("cuda") else 8
@@ -46,9 +40,7 @@ def scale_lines(
         "|---|---|---|---|---|---|---|---|",
     ]
     for n in sizes:
-        positions = torch.randint(coordinates, (3, n), generator=generator, device=device)
-        values = torch.randn(n, generator=generator, dtype=dtype, device=device)
-        rows = in_groups(model, Rows(positions, values))
+        rows = random_rows(model, n, coordinates, dtype, device)
         statistics_ = model.local_start(rows)
         state = model.start(statistics_, torch.Generator().manual_seed(0))
         whole, sums = [], []
@@ -63,6 +55,23 @@ def scale_lines(
             cells += [f"{floor:.4f}", f"{100 * floor / seconds:.0f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def scale_model(device: str, rank: int, coordinates: int, dtype: torch.dtype) -> FunctionalTucker:
+    """CP over three continuous modes, with Gaussian noise."""
+    like = torch.ones((), dtype=dtype, device=device)
+    process = GaussianProcess(torch.linspace(0, 1, coordinates, dtype=dtype, device=device), Matern(1.5))
+    free = (torch.ones(rank, dtype=torch.bool, device=device),) * 3
+    return FunctionalTucker((process,) * 3, free, "cp", Gamma(like, like), learn=False)
+
+
+def random_rows(
+    model: FunctionalTucker, n: int, coordinates: int, dtype: torch.dtype, device: str, seed: int = 0
+) -> Rows:
+    """Rows anywhere."""
+    generator = torch.Generator(device).manual_seed(seed)
+    positions = torch.randint(coordinates, (3, n), generator=generator, device=device)
+    return in_groups(model, Rows(positions, torch.randn(n, generator=generator, dtype=dtype, device=device)))
 
 
 @torch.no_grad()

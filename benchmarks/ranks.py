@@ -1,0 +1,132 @@
+"""Sweeps on several MPI ranks: their time, and what the cost model of docs/scaling.md says of it.
+
+Run by ``python -m benchmarks ranks``, which starts this file under the launcher for each number of ranks.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.scale import random_rows, scale_model
+from probtensor.comm import Comm, Serial, world
+from probtensor.models.functional_state import Rows, State
+from probtensor.models.functional_tucker import FunctionalTucker
+
+__all__ = ["rank_lines"]
+
+REPEATS = 7
+
+
+def rank_lines(launcher: Sequence[str], ranks: Sequence[int], sizes: Sequence[int], **options: Any) -> list[str]:
+    """Markdown lines: seconds of a CP sweep on each number of ranks, strong scaling, and the model's prediction.
+
+    The model is ``a N / P + s + sum of the collectives``: ``a`` and ``s`` from one rank with all rows and with few,
+    collectives timed by themselves, with as many bytes.
+    """
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for P in ranks:
+        for N in sizes:
+            job = json.dumps({"rows": N} | options)
+            start = [*launcher, "-n", str(P)] if P > 1 else []
+            done = subprocess.run(
+                [*start, sys.executable, str(Path(__file__)), job], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"{P} ranks, {N} rows: {done.stderr}")
+            found[P, N] = json.loads(done.stdout.splitlines()[-1])
+    lines = [
+        "| ranks | rows | seconds a sweep | speed-up | efficiency | of it collectives, s | predicted, s | off by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    one = {N: found[1, N] for N in sizes}
+    for (P, N), now in found.items():
+        a = (one[N]["sweep"] - one[N]["few"]) / (N - now["few_rows"])
+        s = one[N]["few"] - a * now["few_rows"]
+        predicted = a * N / P + s + now["collectives"]
+        speed_up = one[N]["sweep"] / now["sweep"]
+        lines.append(
+            f"| {P} | {N:,} | {now['sweep']:.4f} | {speed_up:.2f} | {100 * speed_up / P:.0f} % | "
+            f"{now['collectives']:.5f} | {predicted:.4f} | {100 * (now['sweep'] / predicted - 1):+.0f} % |"
+        )
+    return lines
+
+
+def main() -> None:
+    """One job: this rank's share of the rows, timed."""
+    job = json.loads(sys.argv[1])
+    comm = world()
+    dtype = {"float32": torch.float32, "float64": torch.float64}[job["dtype"]]
+    model = scale_model(job["device"], job["rank"], job["coordinates"], dtype)
+
+    def timed(n: int, comm: Comm) -> tuple[float, State]:
+        rows = random_rows(model, n, job["coordinates"], dtype, job["device"], seed=comm.rank)
+        state = model.start(comm.sum(model.local_start(rows)), torch.Generator().manual_seed(0))
+        seconds = []
+        for _ in range(REPEATS + 1):
+            comm.barrier()
+            began = _now(rows)
+            state = _sweep(model, state, rows, comm)
+            seconds.append(_now(rows) - began)
+        return statistics.median(seconds[1:]), state
+
+    n = job["rows"] // comm.size
+    few = min(n, 1000)
+    whole, state = timed(n, comm)
+    little = timed(few, Serial())[0] if comm.size == 1 else 0.0
+    collectives = _collectives(comm, [f.sites.precision for f in state.factors], job["rank"])
+    if comm.is_root:
+        print(json.dumps({"sweep": whole, "few": little, "few_rows": few, "collectives": collectives}))
+
+
+@torch.no_grad()
+def _sweep(model: FunctionalTucker, state: State, rows: Rows, comm: Comm) -> State:
+    for block in model.blocks:
+        state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
+    state, _ = model.end_sweep(state, rows, comm.sum)
+    float(comm.broadcast(model.bound(state)))
+    return state
+
+
+def _collectives(comm: Comm, like: list[torch.Tensor], rank: int) -> float:
+    """Seconds of the sums and of the broadcast of a sweep, by themselves."""
+    packed = rank * (rank + 1) // 2 + rank
+    tensors = [x.new_zeros(x.shape[0], packed) for x in like]
+    one = tensors[0].new_zeros(())
+
+    def all_of_them() -> None:
+        for tensor in tensors:
+            comm.sum(tensor)
+        float(comm.broadcast(one))
+
+    return _median(all_of_them, comm, tensors[0].is_cuda)
+
+
+def _median(work: Callable[[], None], comm: Comm, cuda: bool) -> float:
+    seconds = []
+    for _ in range(REPEATS + 3):
+        comm.barrier()
+        if cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[3:])
+
+
+def _now(rows: Rows) -> float:
+    if rows.values.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()
