@@ -48,7 +48,7 @@ def scale_lines(
     for n in sizes:
         positions = torch.randint(coordinates, (3, n), generator=generator, device=device)
         values = torch.randn(n, generator=generator, dtype=dtype, device=device)
-        rows = in_groups(model, Rows(positions, values))
+        rows = in_groups(model, Rows(positions, values), [f.size for f in model.functions])
         statistics_ = model.local_start(rows)
         state = model.start(statistics_, torch.Generator().manual_seed(0))
         whole, sums = [], []
