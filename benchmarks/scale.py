@@ -71,7 +71,8 @@ def random_rows(
     """Rows anywhere."""
     generator = torch.Generator(device).manual_seed(seed)
     positions = torch.randint(coordinates, (3, n), generator=generator, device=device)
-    return in_groups(model, Rows(positions, torch.randn(n, generator=generator, dtype=dtype, device=device)))
+    rows = Rows(positions, torch.randn(n, generator=generator, dtype=dtype, device=device))
+    return in_groups(model, rows, [f.size for f in model.functions])
 
 
 @torch.no_grad()

@@ -24,7 +24,19 @@ from torch import Tensor
 
 from probtensor.gaussian import square_root, standard_normal
 
-__all__ = ["Chain", "Posterior", "Sites", "condition", "log_normalizer", "pull_back", "sample", "smooth"]
+__all__ = [
+    "Chain",
+    "Element",
+    "Posterior",
+    "Sites",
+    "between",
+    "condition",
+    "log_normalizer",
+    "pull_back",
+    "sample",
+    "smooth",
+    "smooth_between",
+]
 
 
 class Sites(NamedTuple):
@@ -84,7 +96,7 @@ class Posterior(NamedTuple):
 class Element(NamedTuple):
     """A block of steps: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of that one.
 
-    That is ``exp(eta' x - x' J x / 2)``, up to a constant.
+    That is ``exp(eta' x - x' J x / 2)``, up to a constant. All tensors have the blocks as first dimension.
     """
 
     A: Tensor
@@ -111,6 +123,56 @@ def smooth(chain: Chain, sites: Sites) -> Posterior:
     """
     levels = _levels(_elements(chain, sites))
     return Posterior(*_forward(levels), *_backward(levels))
+
+
+def between(chain: Chain, sites: Sites, steps: Tensor) -> Element:
+    """What lies between some steps of a chain, with all sites there; the sites of these steps are left out.
+
+    Parameters
+    ----------
+    chain : Chain
+        T steps.
+    sites : Sites
+        One site a step.
+    steps : Tensor, shape (M,), int64
+        Sorted, distinct.
+
+    Returns
+    -------
+    Element
+        M + 1 blocks for `smooth_between`: one to each of the steps from the one before, the last to the chain's end.
+    """
+    others = Sites(*(x.index_fill(0, steps, 0.0) for x in sites))
+    end = _nothing(1, chain.noise)  # so that there is a last block even if the last step is among the steps
+    elements = Element(*(torch.cat(x) for x in zip(_elements(chain, others), end, strict=True)))
+    block = torch.searchsorted(steps, torch.arange(len(elements.A), device=steps.device))
+    while len(block) > len(steps) + 1:
+        # In each block every second element merges with the one after it.
+        number = torch.arange(len(block), device=block.device)
+        stays = (number - torch.searchsorted(block, block)) % 2 == 0
+        left = (stays[:-1] & (block[1:] == block[:-1])).nonzero().squeeze(-1)
+        merged = _merge(Element(*(x[left] for x in elements)), Element(*(x[left + 1] for x in elements)))
+        elements = Element(*(x.index_copy(0, left, m)[stays] for x, m in zip(elements, merged, strict=True)))
+        block = block[stays]
+    return elements
+
+
+def smooth_between(blocks: Element, observe: Tensor, sites: Sites) -> Posterior:
+    """Filtered states and backward information of some steps of a chain: what `smooth` gives there.
+
+    Parameters
+    ----------
+    blocks : Element
+        What lies `between` the M steps.
+    observe : Tensor, shape (R, D)
+    sites : Sites
+        Of the M steps, with `shift` of shape (M, R).
+    """
+    M = len(sites.shift)
+    seen = _nothing(M + 1, blocks.C)
+    seen.J[:M], seen.eta[:M] = observe.T @ sites.precision @ observe, observe.T @ sites.shift[..., None]
+    levels = _levels(_merge(blocks, seen))
+    return Posterior(*(x[:M] for x in (*_forward(levels), *_backward(levels))))
 
 
 def condition(mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,6 +281,13 @@ def _elements(chain: Chain, sites: Sites) -> Element:
     C = _symmetric(gain @ Q)
     eta, J = pull_back(A, Q, h, L)
     return Element(gain @ A, C @ h, C, eta, J)
+
+
+def _nothing(n: int, like: Tensor) -> Element:
+    """Blocks of no steps: the state stays as it is; `like` has shape (..., D, D)."""
+    D = like.shape[-1]
+    one = torch.eye(D, dtype=like.dtype, device=like.device).repeat(n, 1, 1)
+    return Element(one, *(like.new_zeros(n, D, width) for width in (1, D, 1, D)))
 
 
 def _merge(first: Element, second: Element) -> Element:

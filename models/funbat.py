@@ -27,7 +27,7 @@ from probtensor.models.funbat_state import (
 )
 from probtensor.models.functional_fit import Fitted, fit, renewed
 from probtensor.models.functional_state import State
-from probtensor.models.functional_stream import absorb, extend
+from probtensor.models.functional_stream import absorb
 from probtensor.models.functional_table import has_repeated_cells, shared_generator, spread_cells
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import latent_functions
@@ -188,10 +188,10 @@ class FunBaT(TensorRegressor):
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, *, noise_std: Any = None) -> Self:
         """Fold new rows in, without the old ones; the first call is `fit`.
 
-        The cost depends on the new rows, and on the number of distinct coordinates. Rows may bring new coordinates and
+        The cost is that of the new rows, and one pass over all distinct coordinates. Rows may bring new coordinates and
         labels, and more values of cells that were seen. Units, ranks and intervals' calibration stay as they were;
-        lengthscales and variances go on learning. Where the model is linear and Gaussian (one mode, known noise,
-        hyperparameters fixed) this equals a fit on all rows.
+        lengthscales and variances take a step whenever the rows have become a tenth more. Where the model is linear and
+        Gaussian (one mode, known noise, hyperparameters fixed) this equals a fit on all rows.
 
         Parameters
         ----------
@@ -230,8 +230,8 @@ class FunBaT(TensorRegressor):
             seen = observation.seen._replace(positions=torch.stack(moved, dim=1))
         with threads_for(len(values)):
             functions = tuple(latent_functions(axis, values) for axis in observed.axes)
-            model, state = extend(self._model, self._state, functions, places)
-            state, seen = absorb(model, state, seen, new_rows, Serial())
+            model = replace(self._model, functions=functions)
+            state, seen = absorb(model, self._state, places, seen, new_rows, Serial())
         self._seen = seen_after(self._seen, self.axes_, observed)
         self.axes_, self._model, self._state = observed.axes, model, state
         if observation is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from probtensor.gaussian import Gamma, Gaussian
 from probtensor.inference.kalman import Posterior, Sites
 from probtensor.likelihoods import Entries
+from probtensor.models.latent_functions import Given
 
 if TYPE_CHECKING:
     from probtensor.contract_cuda import Grouped
@@ -74,10 +75,15 @@ class Factor(NamedTuple):
 class Past(NamedTuple):
     """What rows that are not at hand any more have said: the messages of earlier batches.
 
+    Beside it, a `State` knows nothing but the coordinates of the rows at hand: sites and moments of its factors are
+    theirs, their posterior and divergence those of before.
+
     Attributes
     ----------
     sites : tuple of Sites
-        One a mode.
+        At the coordinates of the rows at hand, one a mode.
+    given : tuple of Given
+        The modes' moments at these coordinates, given the sites of all others.
     core : tuple of Tensor, or None
         Precision and shift of the core, its prior not counted.
     n_rows, squared_error : Tensor, scalars
@@ -85,6 +91,7 @@ class Past(NamedTuple):
     """
 
     sites: tuple[Sites, ...]
+    given: tuple[Given, ...]
     core: tuple[Tensor, Tensor] | None
     n_rows: Tensor
     squared_error: Tensor

@@ -15,6 +15,7 @@ from probtensor.resources import RandomState, make_generator
 __all__ = [
     "has_repeated_cells",
     "in_groups",
+    "plain_rows",
     "shared_generator",
     "spread_cells",
     "table_rows",
@@ -67,22 +68,23 @@ def uniform(key: Tensor, seed: int) -> Tensor:
 
 def table_rows(model: FunctionalTucker, table: Table) -> tuple[Rows, Tensor]:
     """The rows as the model takes them, and the positions (C, K) of their entries."""
-    rows, positions = _rows(model, table)
-    return in_groups(model, rows), positions
+    rows, positions = plain_rows(model, table)
+    return in_groups(model, rows, [f.size for f in model.functions]), positions
 
 
-def in_groups(model: FunctionalTucker, rows: Rows) -> Rows:
-    """The rows, for the CP form on a GPU in the order of each mode too."""
+def in_groups(model: FunctionalTucker, rows: Rows, sizes: list[int]) -> Rows:
+    """The rows, for the CP form on a GPU in the order of each mode too; the modes have so many coordinates."""
     if model.form != "cp" or len(model.functions) < 2 or not rows.values.is_cuda:
         return rows
     from probtensor.contract_cuda import MAX_ROWS, group_rows  # it needs Triton, which only CUDA builds of torch bring
 
     if rows.values.shape[0] > MAX_ROWS:
         return rows
-    return rows._replace(groups=group_rows(rows.positions, [f.size for f in model.functions]))
+    return rows._replace(groups=group_rows(rows.positions, sizes))
 
 
-def _rows(model: FunctionalTucker, table: Table) -> tuple[Rows, Tensor]:
+def plain_rows(model: FunctionalTucker, table: Table) -> tuple[Rows, Tensor]:
+    """What `table_rows` gives, in the rows' own order only."""
     likelihood, count, precision = model.likelihood, table.count, table.precision
     if likelihood is None:
         return Rows(table.positions.T.contiguous(), table.values, count), table.positions

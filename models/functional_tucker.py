@@ -49,7 +49,7 @@ from probtensor.inference.maximize import maximize
 from probtensor.likelihoods import Likelihood, StudentT
 from probtensor.models.functional_start import local_start, no_sites, start_columns
 from probtensor.models.functional_state import Block, Factor, Rows, State
-from probtensor.models.latent_functions import GaussianProcess, LatentFunctions, Moments
+from probtensor.models.latent_functions import GaussianProcess, Given, LatentFunctions, Moments, log_variance_prior
 
 __all__ = ["FunctionalTucker"]
 
@@ -59,7 +59,6 @@ WARM_UP = 4  # sweeps before noise and hyperparameters move, so that no start is
 LEARN_EVERY = 2  # sweeps from one step of the hyperparameters to the next
 LEARN_STEPS = 3  # iterations of the optimiser in one such step
 LIGHT_TAILS = 16  # sweeps of a heavy-tailed likelihood with Gaussian tails: else what few rows share is an outlier
-WHITE_RATIO = 0.01  # of a white part's variance to the smooth ones', up to which its prior is flat
 CVI_DAMPING = 0.5  # share of the old Gaussian factor kept where the new one is a natural-gradient step, no optimum
 COLD_SWEEPS = 8  # the first ones, in which each row counts `Likelihood.cold` times
 # Shares of the variance that a start takes for noise, in turn: a large share finds the few broad effects of noisy data,
@@ -185,7 +184,7 @@ class FunctionalTucker:
             total = rows.values.new_zeros(sum(sizes))
         else:
             structure, rank = self.structure(state), self.ranks[block]
-            total = rows.values.new_zeros(self.functions[block].size, packed_size(rank) + rank)
+            total = rows.values.new_zeros(len(state.factors[block].mean), packed_size(rank) + rank)
         for chunk in self.chunks(rows.values):
             positions, y = rows.positions[:, chunk], rows.values[chunk]
             weight = None if rows.precision is None else rows.precision[chunk]
@@ -204,27 +203,23 @@ class FunctionalTucker:
         """Set a block to its optimum given the others, from the sums over all rows."""
         if block == "core":
             return self._update_core(state, statistics)
-        f, free, old = self.functions[block], self.free[block], state.factors[block]
+        free, old, past = self.free[block], state.factors[block], state.past
         cut = packed_size(len(free))
         precision, shift = unpack(statistics[:, :cut]), statistics[:, cut:]
         # Columns of ones are known: what they explain moves to the other side.
         known = precision[:, free][:, :, ~free].sum(-1)
         tau = self._unit(state)
         sites = Sites(tau * precision[:, free][:, :, free], tau * (shift[:, free] - known))
+        if past is not None:
+            sites = Sites(*(new + then for new, then in zip(sites, past.sites[block], strict=True)))
         if self.damping:
             sites = Sites(*(torch.lerp(new, kept, self.damping) for new, kept in zip(sites, old.sites, strict=True)))
-        if state.past is not None:
-            sites = Sites(*(new + then for new, then in zip(sites, state.past.sites[block], strict=True)))
-        hyper = old.log_hyperparameters
-        due = state.past is not None or (state.sweep >= WARM_UP and state.sweep % LEARN_EVERY == 0)
-        if self.learn and due:
-            hyper = maximize(
-                lambda h: f.log_normalizer(h, sites) + self._log_relevance(f, h, state.sweep),
-                hyper,
-                f.bounds(hyper.shape[1]),
-                LEARN_STEPS,
-            )
-        factor = self.factor(block, sites, hyper)
+        if past is not None:
+            factor = self.factor_at_hand(block, old, sites, past.given[block])
+        else:
+            due = self.learn and state.sweep >= WARM_UP and state.sweep % LEARN_EVERY == 0
+            hyper = old.log_hyperparameters
+            factor = self.factor(block, sites, self.learned(block, sites, hyper, state.sweep) if due else hyper)
         error = state.square - 2 * (shift * factor.mean).sum() + (pack_dual(precision) * factor.second).sum()
         factors = (*state.factors[:block], factor, *state.factors[block + 1 :])
         return state._replace(factors=factors, squared_error=error.clamp(min=0))
@@ -297,6 +292,21 @@ class FunctionalTucker:
         divergence = (sites.shift * mean).sum() - 0.5 * (sites.precision * second).sum() - log_z
         return Factor(
             sites, log_hyperparameters, posterior, divergence, *self._with_ones(mode, Moments(mean, covariance))
+        )
+
+    def factor_at_hand(self, mode: int, factor: Factor, sites: Sites, given: Given) -> Factor:
+        """The factor with other sites at the coordinates of the rows at hand; see `Past`."""
+        mean, second = self._with_ones(mode, given(sites))
+        return factor._replace(sites=sites, mean=mean, second=second)
+
+    def learned(self, mode: int, sites: Sites, log_hyperparameters: Tensor, sweep: int) -> Tensor:
+        """Hyperparameters of a mode after a step uphill, given its sites."""
+        f = self.functions[mode]
+        return maximize(
+            lambda h: f.log_normalizer(h, sites) + self._log_relevance(f, h, sweep),
+            log_hyperparameters,
+            f.bounds(log_hyperparameters.shape[1]),
+            LEARN_STEPS,
         )
 
     def predict(self, state: State, coordinates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -422,22 +432,12 @@ class FunctionalTucker:
         return rows._replace(values=shift / precision, precision=precision)
 
     def _log_relevance(self, f: LatentFunctions, log_hyperparameters: Tensor, sweep: int) -> Tensor:
-        """Log density, up to a constant, of the priors on the functions' variances; a scalar.
+        """Log density of the priors on the functions' variances; see `log_variance_prior`.
 
-        A gamma prior on one over each function's variance, which waits for heavy tails: what outliers hide till then
-        would vanish, and not come back. And a prior on the share of white parts, which few coordinates cannot tell from
-        smooth ones: ``(1 + ratio / WHITE_RATIO)^-1/2`` for the ratio of the two variances.
+        Relevance waits for heavy tails: what outliers hide till then would vanish, and not come back.
         """
-        named = f.named(log_hyperparameters)
-        white = named.pop("white_variance", None)
-        variance = torch.stack([x for name, x in named.items() if name.endswith("variance")]).sum(0)
-        density = log_hyperparameters.new_zeros(())
-        if white is not None:
-            density = density - 0.5 * torch.log1p(white / (WHITE_RATIO * variance)).sum()
-            variance = variance + white
-        shape, rate = self.relevance_prior
         waits = self.likelihood is not None and sweep < LIGHT_TAILS and self.likelihood_at(0) != self.likelihood
-        return density if waits else density - (shape * variance.log() + rate / variance).sum()
+        return log_variance_prior(f, log_hyperparameters, (0.0, 0.0) if waits else self.relevance_prior)
 
     def chunks(self, like: Tensor) -> Iterator[slice]:
         """Slices of the rows of a tensor (n,), each small enough for its largest temporary."""

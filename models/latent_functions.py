@@ -8,6 +8,7 @@ Hyperparameters are one tensor of logarithms a mode, so that an optimiser can st
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -22,12 +23,21 @@ from probtensor.models.kernel_states import VARIANCES, Extent, kernel_state
 from probtensor.models.state_space import Transition, block_diagonal
 from probtensor.models.white import add_white, draw_white, without_white
 
-__all__ = ["ExchangeableRows", "GaussianProcess", "LatentFunctions", "Moments", "latent_functions"]
+__all__ = [
+    "ExchangeableRows",
+    "GaussianProcess",
+    "Given",
+    "LatentFunctions",
+    "Moments",
+    "latent_functions",
+    "log_variance_prior",
+]
 
 Value = TypeVar("Value")
 
 WHITE_START = 0.01  # variance of white parts at the start: more, and they take what smooth functions would explain
 WHITE_VARIANCES = (1e-6, 1e4)
+WHITE_RATIO = 0.01  # of a white part's variance to the smooth ones', up to which its prior is flat
 MEAN_START = 0.01  # variance of what labels have in common
 MEAN_VARIANCES = (1e-6, 1e4)
 
@@ -37,6 +47,9 @@ class Moments(NamedTuple):
 
     mean: Tensor
     covariance: Tensor
+
+
+Given = Callable[[Sites], Moments]  # from the sites of some coordinates to the posterior moments there
 
 
 class LatentFunctions(ABC):
@@ -74,6 +87,14 @@ class LatentFunctions(ABC):
     @abstractmethod
     def moments(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior) -> Moments:
         """Posterior moments at the T coordinates."""
+
+    @abstractmethod
+    def given(self, log_hyperparameters: Tensor, sites: Sites, here: Tensor) -> Given:
+        """What `posterior` and `moments` say at some coordinates, as a function of the sites there; others stay.
+
+        `here` has the positions of these coordinates, sorted and distinct. The function's cost is that of so many
+        coordinates.
+        """
 
     @abstractmethod
     def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:
@@ -153,6 +174,17 @@ class GaussianProcess(LatentFunctions):
 
     def moments(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior) -> Moments:  # noqa: D102
         return self._observed(*kalman.condition(*posterior), log_hyperparameters, sites)
+
+    def given(self, log_hyperparameters: Tensor, sites: Sites, here: Tensor) -> Given:  # noqa: D102
+        chain = self.chain(log_hyperparameters, self.coordinates)
+        blocks = kalman.between(chain, self._smooth_sites(log_hyperparameters, sites)[0], here)
+
+        def moments(now: Sites) -> Moments:
+            smooth_sites, _ = self._smooth_sites(log_hyperparameters, now)
+            posterior = kalman.smooth_between(blocks, chain.observe, smooth_sites)
+            return self._observed(*kalman.condition(*posterior), log_hyperparameters, now)
+
+        return moments
 
     def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102
         # The state left of `where`, carried forward, meets the information right of it, carried back: what inserting
@@ -288,8 +320,7 @@ class ExchangeableRows(LatentFunctions):
 
     def posterior(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Posterior, Tensor]:  # noqa: D102
         common, log_z = self._common(log_hyperparameters, sites)
-        mean, covariance = (x.expand(self._size, *x.shape[1:]) for x in common)
-        mean, covariance = add_white(log_hyperparameters[0].exp(), sites, mean, covariance)
+        mean, covariance = self._rows(log_hyperparameters, sites, common)
         nothing = torch.zeros_like(mean)[..., None]
         return Posterior(mean[..., None], covariance, nothing, torch.zeros_like(covariance)), log_z
 
@@ -298,6 +329,17 @@ class ExchangeableRows(LatentFunctions):
 
     def moments(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior) -> Moments:  # noqa: D102
         return Moments(posterior.mean.squeeze(-1), posterior.covariance)
+
+    def given(self, log_hyperparameters: Tensor, sites: Sites, here: Tensor) -> Given:  # noqa: D102
+        others = Sites(*(x.index_fill(0, here, 0.0) for x in sites))
+        of_mean, _ = without_white(log_hyperparameters[0].exp(), others)
+        total = Sites(*(x.sum(0, keepdim=True) for x in of_mean))
+
+        def moments(now: Sites) -> Moments:
+            common, _ = self._common(log_hyperparameters, now, total)
+            return self._rows(log_hyperparameters, now, common)
+
+        return moments
 
     def at(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior, where: Tensor) -> Moments:  # noqa: D102
         known, at = where >= 0, where.clamp(min=0)
@@ -318,11 +360,21 @@ class ExchangeableRows(LatentFunctions):
         common = common.expand(-1, len(labels), -1)
         return draw_white(log_hyperparameters[0].exp(), here, common, generator)[:, position]
 
-    def _common(self, log_hyperparameters: Tensor, sites: Sites) -> tuple[Moments, Tensor]:
-        """Posterior of the mean, (1, R) and (1, R, R), and the log-normaliser of the whole."""
+    def _rows(self, log_hyperparameters: Tensor, sites: Sites, common: Moments) -> Moments:
+        """Moments of the rows that have these sites from those of the mean."""
+        mean, covariance = (x.expand(len(sites.shift), *x.shape[1:]) for x in common)
+        return Moments(*add_white(log_hyperparameters[0].exp(), sites, mean, covariance))
+
+    def _common(self, log_hyperparameters: Tensor, sites: Sites, others: Sites | None = None) -> tuple[Moments, Tensor]:
+        """Posterior of the mean, (1, R) and (1, R, R), and the log-normaliser of the whole.
+
+        What `others` say of the mean is added to what the sites do.
+        """
         variance, mean_variance = log_hyperparameters.exp()
         of_mean, constant = without_white(variance, sites)
         total = Sites(*(x.sum(0, keepdim=True) for x in of_mean))
+        if others is not None:
+            total = Sites(*(a + b for a, b in zip(total, others, strict=True)))
         nothing, prior = torch.zeros_like(total.shift), torch.diag(mean_variance)[None]
         mean, covariance = kalman.condition(nothing[..., None], prior, total.shift[..., None], total.precision)
         log_z = kalman.site_log_normalizer(nothing, prior, total).sum() + constant
@@ -345,3 +397,21 @@ def latent_functions(axis: Axis, like: Tensor) -> LatentFunctions:
         case CategoricalAxis():
             return ExchangeableRows(axis.size, like)
     raise TypeError(f"axis: expected ContinuousAxis or CategoricalAxis, got {type(axis).__name__}")
+
+
+def log_variance_prior(f: LatentFunctions, log_hyperparameters: Tensor, relevance: tuple[float, float]) -> Tensor:
+    """Log density, up to a constant, of the priors on the functions' variances; a scalar.
+
+    A gamma prior on one over each function's variance, of the shape and rate `relevance`. And a prior on the share of
+    white parts, which few coordinates cannot tell from smooth ones: ``(1 + ratio / WHITE_RATIO)^-1/2`` for the ratio of
+    the two variances.
+    """
+    named = f.named(log_hyperparameters)
+    white = named.pop("white_variance", None)
+    variance = torch.stack([x for name, x in named.items() if name.endswith("variance")]).sum(0)
+    density = log_hyperparameters.new_zeros(())
+    if white is not None:
+        density = density - 0.5 * torch.log1p(white / (WHITE_RATIO * variance)).sum()
+        variance = variance + white
+    shape, rate = relevance
+    return density - (shape * variance.log() + rate / variance).sum()

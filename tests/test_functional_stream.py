@@ -1,15 +1,22 @@
 """Rows folded in batch by batch: exact where the model is linear and Gaussian, close elsewhere, nothing forgotten."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 import pytest
+from torch import Tensor
 
 import probtensor as pt
+from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.estimator import UnknownLabelWarning
+from probtensor.inference import kalman
+from probtensor.inference.kalman import Sites
+from probtensor.kernels import Linear, Matern, Periodic, White
 from probtensor.likelihoods import StudentT
 from probtensor.models import FunBaT
+from probtensor.models.latent_functions import ExchangeableRows, GaussianProcess, LatentFunctions, Moments
 
 KNOWN = {
     "rank": 1,
@@ -63,6 +70,99 @@ def table(n: int = 900, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
     residual = pd.Series(0.2 * rng.normal(size=360), index=pd.MultiIndex.from_product([np.arange(60) / 2, level.index]))
     y = 3 + level[place].to_numpy() * (1 + 0.3 * np.sin(day)) + np.cos(day / 3)
     return X, y + residual[list(zip(day, place, strict=True))].to_numpy() + 0.1 * rng.normal(size=n)
+
+
+def given_by_smoothing_all(f: LatentFunctions, hyper: Tensor, sites: Sites, here: Tensor) -> Callable[[Sites], Moments]:
+    """The slow twin of `given`: all coordinates are smoothed whenever a site has moved."""
+
+    def moments(now: Sites) -> Moments:
+        everywhere = Sites(*(x.index_copy(0, here, new) for x, new in zip(sites, now, strict=True)))
+        return Moments(*(x[here] for x in f.moments(hyper, everywhere, f.posterior(hyper, everywhere)[0])))
+
+    return moments
+
+
+AXES = [
+    [ContinuousAxis("day"), ContinuousAxis("height", kernel=Matern(0.5)), CategoricalAxis("place")],
+    [ContinuousAxis("day", kernel=Matern(2.5) + Periodic(7.0, 2) + White()), ContinuousAxis("height", kernel=Linear())],
+    [ContinuousAxis("day", kernel=Matern(1.5) + White()), CategoricalAxis("place")],
+]
+
+
+@pytest.mark.parametrize("axes", AXES, ids=["matern", "sum", "white"])
+@pytest.mark.parametrize("likelihood", ["student-t", "gaussian"])
+@pytest.mark.parametrize("form", ["cp", "tucker"])
+def test_smoothing_the_coordinates_of_a_batch_alone_gives_the_posterior_of_smoothing_all(
+    axes: Sequence[Axis], likelihood: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches lie inside, before and after what came before, with coordinates old and new, and a new label."""
+    X, y = table(400)
+    X["height"] = np.random.default_rng(1).integers(0, 40, len(X)) / 8.0
+    day, late = X["day"], X["place"] == "f"
+    batches = [(day >= 10) & (day < 20) & (day % 1 == 0) & ~late, (day >= 12) & (day < 18), day < 5, day >= 19]
+    X = X[[axis.name for axis in axes]]
+
+    def streamed() -> FunBaT:
+        settings = SETTINGS | {
+            "axes": axes,
+            "form": form,
+            "likelihood": likelihood,
+            "nugget": likelihood == "student-t",
+        }
+        model = FunBaT(**settings, learn_hyperparameters=False, max_iter=20, tol=1.0)
+        for rows in batches:
+            model.partial_fit(X[rows], y[rows])
+        return model
+
+    ours = streamed()
+    monkeypatch.setattr(GaussianProcess, "given", given_by_smoothing_all)
+    monkeypatch.setattr(ExchangeableRows, "given", given_by_smoothing_all)
+    right = streamed()
+    for mine, other in zip(ours.predict(X, return_std=True), right.predict(X, return_std=True), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-9)
+    for axis in axes:
+        for mine, other in zip(ours.factor(axis.name), right.factor(axis.name), strict=True):
+            np.testing.assert_allclose(mine, other, rtol=1e-9, atol=1e-9)
+    assert ours.noise_std_ == pytest.approx(right.noise_std_, rel=1e-9)
+
+
+def test_a_batch_smooths_all_coordinates_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = table(200)
+    model = FunBaT(learn_hyperparameters=False, **SETTINGS).fit(X[:100], y[:100])
+    sizes, smooth = [], kalman.smooth
+
+    def counted(chain: kalman.Chain, sites: Sites) -> kalman.Posterior:
+        sizes.append(len(chain.matrix))
+        return smooth(chain, sites)
+
+    monkeypatch.setattr(kalman, "smooth", counted)
+    model.partial_fit(X[100:], y[100:])
+    assert sizes == [model.axes_[0].size]
+
+
+def test_hyperparameters_take_a_step_when_the_rows_have_become_a_tenth_more() -> None:
+    X, y = table(400)
+    model = FunBaT(likelihood="gaussian", nugget=False, **SETTINGS).fit(X[:200], y[:200])
+    ends = np.arange(200, 320, 4)  # batches of four rows
+    moved = []
+    for first in ends:
+        before = model.hyperparameters_["day"]["lengthscale"]
+        model.partial_fit(X[first : first + 4], y[first : first + 4])
+        moved.append(not np.array_equal(before, model.hyperparameters_["day"]["lengthscale"]))
+    growth = np.log((ends[-1] + 4) / ends[0]) / np.log(1.1)
+    assert abs(sum(moved) - growth) < 1
+
+
+def test_damping_counts_earlier_rows_once() -> None:
+    x, y, std = series()
+    first = np.arange(60) % 2 == 0
+    sigmas = []
+    for damping in (0.0, 0.5):
+        model = FunBaT(likelihood="gaussian", nugget=False, damping=damping, **KNOWN)
+        model.partial_fit(x[first], y[first], noise_std=std[first])
+        model.partial_fit(x[~first], y[~first], noise_std=std[~first])
+        sigmas.append(model.predict(x, return_std=True)[1])
+    np.testing.assert_allclose(*sigmas, rtol=0.01)
 
 
 @pytest.mark.parametrize("form", ["cp", "tucker"])

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from probtensor.gaussian import observation_site
 from probtensor.inference import kalman
-from probtensor.inference.kalman import Chain, Sites, condition, log_normalizer, pull_back, sample, smooth
+from probtensor.inference.kalman import (
+    Chain,
+    Sites,
+    between,
+    condition,
+    log_normalizer,
+    pull_back,
+    sample,
+    smooth,
+    smooth_between,
+)
 from probtensor.models.state_space import state_dim, stationary_covariance, transition
 from tests.reference import F64, blocks, close, dense_gp, dense_prior, f64, random_sites, sequential_smoother
 
@@ -39,6 +49,21 @@ def problem(T: int, R: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Site
 def observed(chain: Chain, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     H = chain.observe
     return mean.squeeze(-1) @ H.T, H @ covariance @ H.T
+
+
+@pytest.mark.parametrize("steps", [[], [0], [12], [0, 12], [5, 6], [3, 7, 11], list(range(13)), list(range(2, 13, 2))])
+@pytest.mark.parametrize("nu", NUS)
+def test_some_steps_alone_have_the_posterior_of_the_whole_chain(steps: list[int], nu: float):
+    times, lengthscale, variance, sites = problem(13, 2)
+    chain, at = matern_chain(nu, times, lengthscale, variance), torch.tensor(steps, dtype=torch.int64)
+    blocks_between = between(chain, sites, at)
+    for seed in (1, 2):  # whatever the sites of these steps
+        now = Sites(*random_sites(torch.Generator().manual_seed(seed), len(steps), 2))
+        everywhere = Sites(*(x.index_copy(0, at, new) for x, new in zip(sites, now, strict=True)))
+        for part, whole in zip(
+            smooth_between(blocks_between, chain.observe, now), smooth(chain, everywhere), strict=True
+        ):
+            assert close(part, whole[at], 1e-11)
 
 
 @pytest.mark.parametrize("nu", NUS)

@@ -221,6 +221,23 @@ def test_every_kernel_starts_within_its_bounds_with_smooth_parts_of_variance_one
     assert chain.matrix.shape == (7, f.state_size(3), f.state_size(3))
 
 
+def assert_given_is_the_posterior(f: LatentFunctions, hyper: Tensor, here: list[int]) -> None:
+    sites, at = sites_of(f.size), torch.tensor(here, dtype=torch.int64)
+    given = f.given(hyper, sites, at)
+    for seed in (1, 2):
+        now = sites_of(len(here), seed=seed)
+        everywhere = Sites(*(x.index_copy(0, at, new) for x, new in zip(sites, now, strict=True)))
+        expected = f.moments(hyper, everywhere, f.posterior(hyper, everywhere)[0])
+        for part, whole in zip(given(now), expected, strict=True):
+            assert close(part, whole[at], 1e-11)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+@pytest.mark.parametrize("here", [[], [0], [6], [2, 3, 5], [0, 6], list(range(7))])
+def test_moments_given_the_other_sites_equal_the_posterior(kernel: Kernel, here: list[int]):
+    assert_given_is_the_posterior(GaussianProcess(CLOSE_TIMES, kernel), hyper_of(kernel), here)
+
+
 def test_what_repeats_itself_is_known_far_from_the_data():
     times = torch.arange(40, dtype=F64) / 7
     f, hyper = GaussianProcess(times, Periodic(2.0) + Linear()), f64([[0.0], [0.0], [0.0]])
@@ -262,6 +279,11 @@ def test_posterior_of_exchangeable_rows_equals_the_dense_formula(size: int, R: i
     assert close(moments.covariance, blocks(covariance), 1e-11)
     assert close(log_z, expected_log_z, 1e-11)
     assert close(f.log_normalizer(hyper, sites), expected_log_z, 1e-11)
+
+
+@pytest.mark.parametrize("here", [[], [0], [1, 3], list(range(4))])
+def test_moments_of_exchangeable_rows_given_the_others_equal_the_posterior(here: list[int]):
+    assert_given_is_the_posterior(ExchangeableRows(4, F0), ROWS, here)
 
 
 def test_gradients_of_the_normaliser_of_exchangeable_rows():
