@@ -75,13 +75,15 @@ def check(form: str, comm: Comm, seed: int) -> None:
 
 
 def check_likelihood(kind: str, comm: Comm, *, weights: bool = False) -> None:
-    """Rows of one cell begin on several ranks; which rows calibrate depends on their numbers alone.
+    """Rows of one cell begin on several ranks; which rows calibrate depends on what they hold alone.
 
-    A block of rows a rank, so that their numbers are those of the serial fit.
+    One rank has no row at all.
     """
     X, y = repeated_cells(kind)
-    ends = [0, *[[], [900], [300, 1900]][comm.size - 1], MANY]
-    mine = slice(*ends[comm.rank : comm.rank + 2])
+    mine = deal(MANY, comm, seed=7)
+    if comm.size > 1:
+        to = np.random.default_rng(8).permutation(MANY)
+        mine = np.array_split(to, comm.size - 1)[comm.rank - 1] if comm.rank else to[:0]
     rng = np.random.default_rng(2)
     given = {"sample_weight": rng.integers(1, 4, MANY), "noise_std": rng.uniform(0.05, 0.2, MANY)} if weights else {}
     new = pd.concat([X[:40], pd.DataFrame({"time": [0.1, 77.0], "cell": ["a", "f"]})])
@@ -92,11 +94,11 @@ def check_likelihood(kind: str, comm: Comm, *, weights: bool = False) -> None:
         numbers += [model.predict_quantiles(new, [0.01, 0.6]), model.relevance_, np.array(model.bound_history_)]
         return [*numbers, np.array(model.phase_starts_), np.array([model.y_mean_, model.y_scale_])]
 
-    def fitted(rows: slice, comm: Comm) -> FunBaT:
+    def fitted(rows: np.ndarray, comm: Comm) -> FunBaT:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             columns = {name: column[rows] for name, column in given.items()}
-            return FunBaT(form="cp", **settings).fit(X[rows].reset_index(drop=True), y[rows], comm=comm, **columns)
+            return FunBaT(form="cp", **settings).fit(X.iloc[rows], y[rows], comm=comm, **columns)
 
     model = fitted(mine, comm)
     if kind == "student-t":
@@ -105,7 +107,7 @@ def check_likelihood(kind: str, comm: Comm, *, weights: bool = False) -> None:
     found = results(model)
     assert len(set(comm.gather_bytes(b"".join(x.tobytes() for x in found)))) == 1, f"the ranks disagree: {kind}"
     if comm.is_root:
-        for x, right in zip(found, results(fitted(slice(0, MANY), Serial())), strict=True):
+        for x, right in zip(found, results(fitted(np.arange(MANY), Serial())), strict=True):
             np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
 
 
@@ -133,19 +135,59 @@ def check_refusal(comm: Comm) -> None:
         FunBaT(**SETTINGS).fit(X, y, comm=comm)
     with pytest.raises(ValueError, match=r"^rank 0: X: expected shape "):
         FunBaT(**SETTINGS).fit(np.ones(3) if comm.rank == 0 else X, np.nan_to_num(y), comm=comm)
+    with pytest.raises(ValueError, match=r"^rank 0: y: expected counts"):
+        FunBaT(**SETTINGS, likelihood="poisson").fit(X, np.full(91, -1.0 if comm.is_root else 2.0), comm=comm)
+    with pytest.raises(ValueError, match=r"X: expected the same axes on every rank, got .* on rank 1, "):
+        FunBaT(**SETTINGS).fit(X.astype({"time": str}) if comm.rank else X, np.zeros(91), comm=comm)
+    with pytest.raises(ValueError, match="X, y: expected at least one observation, got none on any rank"):
+        FunBaT(**SETTINGS).fit(X[:0], y[:0], comm=comm)
+
+
+def check_more_ranks_than_rows(comm: Comm) -> None:
+    X, y = table()
+    X, y = X[:10], y[:10]
+    mine = np.arange(10)[comm.rank :: comm.size]
+    model = fit(FunBaT(**SETTINGS), X.iloc[mine], y[mine], comm)
+    assert len(set(comm.gather_bytes(model.predict(X).tobytes()))) == 1
+    if comm.is_root:
+        alone = fit(FunBaT(**SETTINGS), X, y, Serial())
+        for x, right in zip(model.predict(X, return_std=True), alone.predict(X, return_std=True), strict=True):
+            np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
+
+
+def check_air_quality(comm: Comm, file: str) -> None:
+    """Beijing PM2.5, every row; rows in any order on any rank."""
+    with np.load(file, allow_pickle=False) as data:
+        X, y = data["coords"], data["y"]
+    rows = np.random.default_rng(0).permutation(len(y))[comm.rank :: comm.size]
+    for form in ("cp", "tucker"):
+        settings = SETTINGS | {"form": form, "max_iter": 18 if form == "cp" else 6}
+        model = fit(FunBaT(**settings), X[rows], y[rows], comm)
+        if comm.is_root:
+            alone = fit(FunBaT(**settings), X, y, Serial())
+            found, expected = (
+                [*m.predict(X[::50], return_std=True), np.array(m.bound_history_)] for m in (model, alone)
+            )
+            for x, right in zip(found, expected, strict=True):
+                np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
 
 
 def main() -> None:
-    comm = world()
+    comm, what = world(), sys.argv[1]
     with abort_on_error(comm):
-        check("cp", comm, seed=1)
-        check("tucker", comm, seed=2)
-        check_likelihood("student-t", comm)
-        check_likelihood("student-t", comm, weights=True)
-        check_likelihood("poisson", comm)
-        check_seeds(comm)
-        if comm.size > 1:
-            check_refusal(comm)
+        if what == "small":
+            check("cp", comm, seed=1)
+            check("tucker", comm, seed=2)
+            check_likelihood("student-t", comm)
+            check_likelihood("student-t", comm, weights=True)
+            check_likelihood("poisson", comm)
+            check_seeds(comm)
+            if comm.size > 1:
+                check_refusal(comm)
+        elif what == "few":
+            check_more_ranks_than_rows(comm)
+        else:
+            check_air_quality(comm, what)
     if comm.is_root:
         print(f"ok on {comm.size}")
         sys.stdout.flush()
