@@ -228,9 +228,10 @@ def _vote(column: pd.Series, inferred: bool) -> _Vote:
 
 
 def _has_numbers_alone(column: pd.Series) -> bool:
-    words = column[column.notna() & (column != "")]
+    words = column[column.notna()]
     try:
-        pd.to_numeric(words)  # fails at the first word
+        pd.to_numeric(words[:1].replace("", "0"))  # most often a word, which is enough
+        pd.to_numeric(words[words != ""])
     except ValueError:
         return False
     return True
