@@ -173,14 +173,11 @@ def index_from_state(state: dict[str, Any]) -> pd.Index:
 
 
 def numeric(column: pd.Series, argument: str, name: str) -> pd.Series:
-    """Return a column of real numbers or booleans, possibly missing; raise a ValueError about `argument` for others.
-
-    The message has the first row at fault as the column's index numbers it.
-    """
+    """Return a column of real numbers or booleans, possibly missing; raise a ValueError about `argument` for others."""
     column = column.infer_objects() if column.dtype == object else column
     if not ptypes.is_numeric_dtype(column.dtype) or ptypes.is_complex_dtype(column.dtype):
         words = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
-        example = f", such as {words.iloc[0]!r} at row {words.index[0]}" if len(words) else ""
+        example = f", such as {words.iloc[0]!r}" if len(words) else ""
         raise ValueError(f"{argument}: expected real numbers in {name!r}, got dtype {column.dtype}{example}")
     return column
 
@@ -197,18 +194,18 @@ def as_coordinates(column: pd.Series) -> pd.Series:
     try:
         return pd.to_datetime(column, format="ISO8601")
     except (TypeError, ValueError) as error:
-        message = f"continuous: expected numbers or ISO 8601 dates in column {column.name!r}, got {_not_a_date(column)}"
-        raise ValueError(message if _not_a_date(column) else f"{message}{error}") from error
+        came = _not_a_date(column) or error
+        message = f"continuous: expected numbers or ISO 8601 dates in column {column.name!r}, got {came}"
+        raise ValueError(message) from error
 
 
 def _not_a_date(column: pd.Series) -> str:
-    """Return the first word of `column` that is no ISO 8601 date, and its row; nothing if there is none."""
-    for row, word in column.dropna().items():
-        try:
-            pd.to_datetime(pd.Series([word]), format="ISO8601")
-        except (TypeError, ValueError):
-            return f"{word!r} at row {row}"
-    return ""
+    """Return the first word of `column` that is no ISO 8601 date, and its row; nothing if all are."""
+    try:
+        bad = column.index[pd.to_datetime(column, format="ISO8601", errors="coerce").isna() & column.notna()]
+    except (TypeError, ValueError):  # booleans, or several time zones
+        return ""
+    return f"{column[bad[0]]!r} at row {bad[0]}" if len(bad) else ""
 
 
 def check_labels(column: pd.Series, expected: str) -> None:

@@ -63,7 +63,8 @@ class DelimitedFile:
         if not self._header:
             raise ValueError(f"path: expected a header and rows, got neither in {path}")
         offset, _, piece = pieces[-1]
-        self._place = _Place(offset + len(piece), 0, False)  # where a block begins that holds the first row
+        self._place = _Place(offset + len(piece), 0, False)  # where a block begins that holds the first row,
+        self._last: _Place | None = None  # and one that holds the row after the last, if there is one
         self._ends: tuple[int, int | None] = (0, None)  # numbers of the first row and of the one after the last
         self.names = list(pd.read_csv(io.BytesIO(self._header), sep=self._sep, nrows=0).columns)
         # A label may well be called "NA" or "None"; elsewhere these words mean a missing number.
@@ -94,9 +95,9 @@ class DelimitedFile:
             if first[rank] <= ends[r] < [*first, row][rank + 1]:
                 offset, rows, states = table[bisect_right(before, ends[r] - first[rank]) - 1]
                 places.append([r, offset, first[rank] + rows[inside[rank]], states[inside[rank]]])
-        for r, *place in chain.from_iterable(together(lambda: (None, places))[1]):
-            if r == rank:
-                self._place = _Place(*place)
+        found = {r: _Place(*place) for r, *place in chain.from_iterable(together(lambda: (None, places))[1])}
+        self._place = found.get(rank, self._place)
+        self._last = next((place for r, place in found.items() if r > rank), None)
 
     def read(self, names: list[str], dtypes: Mapping[str, str]) -> pd.DataFrame:
         """Return columns of this rank's rows, numbered as in the file; infer the dtypes that are not given.
@@ -176,15 +177,21 @@ class DelimitedFile:
                 return
 
     def _pieces(self, stream: BinaryIO) -> Iterator[bytes]:
-        """Yield the header and this rank's rows."""
+        """Yield the header and this rank's rows. Only blocks with the first and the last of them are scanned."""
         yield self._header
         start, stop = self._ends
-        if stop is None:
-            stream.seek(self._place.offset)
-            while piece := stream.read(_BLOCK):
-                yield piece
-        elif start < stop:
-            yield from (piece for *_, piece in self._cut(stream, self._place, start, stop))
+        if start == stop:
+            return
+        row, inside, last = self._place.row, self._place.inside, self._last
+        for _, block in _blocks(stream, self._place.offset, None if last is None else last.offset):
+            if row > start:
+                yield block
+                continue
+            found, inside = _Lines.of(block, self._sep).rows(inside)
+            yield block[found[start - row] if start < row + len(found) else len(block) :]
+            row += len(found)
+        if last is not None:
+            yield from (piece for *_, piece in self._cut(stream, last, start, stop))
 
     def _first_fault(self) -> str:
         """Return what is wrong with the first of this rank's rows that is malformed, or nothing."""

@@ -280,8 +280,11 @@ def _values(column: pd.Series, name: str, *, alone: bool) -> FloatArray | None:
     """Return values as float64; None if the column is of words, of which this rank has none and another may have."""
     try:
         return numeric(column, "value", name).to_numpy(np.float64)  # type: ignore[no-any-return]
-    except ValueError:
-        if alone or pd.to_numeric(column, errors="coerce").isna().any():
+    except ValueError as error:
+        words = column.index[pd.to_numeric(column, errors="coerce").isna()]
+        if len(words):
+            raise ValueError(f"{error} at row {words[0]}") from error
+        if alone:
             raise
         return None
 
