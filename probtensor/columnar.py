@@ -40,14 +40,17 @@ class Columns(ABC):
     Attributes
     ----------
     names : list of str
-    inferred : set of str
+    inferred : dict of str to list of str
         Empty: dtypes are stored.
     n_rows : int
     """
 
-    inferred: frozenset[str] = frozenset()
+    inferred: Mapping[str, list[str]]
     names: list[str]
     n_rows: int
+
+    def __init__(self) -> None:
+        self.inferred = {}
 
     def locate(self, together: Together, rank: int, size: int) -> None:
         """Find the rows of `rank` among `size` ranks."""
@@ -75,6 +78,7 @@ class ParquetFile(Columns):
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._path = path
         with self._open() as file:
             groups = [file.metadata.row_group(g).num_rows for g in range(file.metadata.num_row_groups)]
@@ -156,6 +160,7 @@ class NpzFile(_Arrays):
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self._path = path
         self.arrays = {}
         self._fortran: dict[str, bool] = {}
@@ -211,6 +216,7 @@ class ZarrFolder(_Arrays):
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         zarr = _load("zarr", "zarr folders")
         if not path.is_dir():
             raise FileNotFoundError(f"no such folder: {path}")

@@ -44,8 +44,8 @@ class DelimitedFile:
     ----------
     names : list of str
         The columns.
-    inferred : set of str
-        Those whose dtype pandas infers from the rows that it is given.
+    inferred : dict of str to list of str
+        Those whose dtype pandas infers from the rows that it is given, and the words that mean a missing value there.
 
     Raises
     ------
@@ -70,7 +70,7 @@ class DelimitedFile:
         # A label may well be called "NA" or "None"; elsewhere these words mean a missing number.
         self._missing = {name: [""] if name in label_dtypes else list(_MISSING) for name in self.names}
         self._dtypes = {name: str for name, expected in label_dtypes.items() if expected == "str"}
-        self.inferred = set(self.names).difference(self._dtypes)
+        self.inferred = {name: words for name, words in self._missing.items() if name not in self._dtypes}
 
     def locate(self, together: Together, rank: int, size: int) -> None:
         """Find the rows of `rank` among `size` ranks, which all call this; ValueError if a quote is never closed."""

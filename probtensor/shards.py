@@ -28,8 +28,9 @@ _DELIMITED = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _STORED: dict[str, Callable[[Path], Columns]] = {".parquet": ParquetFile, ".npz": NpzFile, ".zarr": ZarrFolder}
 _UNITS = ("s", "ms", "us", "ns")
 
-# What a rank says of a column that has rows: its kind and its dtype. "missing" has no value at all; "digits" is text of
-# numbers alone, which pandas makes of whole numbers that no integer dtype holds.
+# What a rank says of a column that has rows: its kind and its dtype. "missing" has no value at all; "doubtful" is
+# what pandas makes of whole numbers that no integer dtype holds: text of numbers alone, or one where words that mean a
+# missing value have stayed.
 _Vote = tuple[str, str]
 
 
@@ -179,11 +180,11 @@ def _read_agreed(
 
     def first() -> tuple[pd.DataFrame, dict[str, _Vote]]:
         frame = source.read(names, {})
-        return frame, {name: _vote(frame[name], name in source.inferred) for name in names}
+        return frame, {name: _vote(frame[name], source.inferred.get(name)) for name in names}
 
     frame, votes = together(first)
     agreed = {name: _agree([tuple(vote[name]) for vote in votes], name in source.inferred) for name in names}
-    for name in source.inferred.intersection([value, *near]):  # numbers, if there is no row to infer from
+    for name in source.inferred.keys() & {value, *near}:  # numbers, if there is no row to infer from
         agreed[name] = agreed[name] or "float64"
     if doubtful := [name for name, dtype in agreed.items() if dtype == "doubt"]:
 
@@ -193,7 +194,7 @@ def _read_agreed(
 
         _, sizes = together(looked)
         for name in doubtful:
-            agreed[name] = "float64" if name in (value, *near) else _dtype_of([size[name] for size in sizes])
+            agreed[name] = _dtype_of([size[name] for size in sizes], is_number=name in (value, *near))
     changed = {name: dtype for name, dtype in agreed.items() if any(vote[name][1] != dtype for vote in votes)}
 
     def retyped() -> tuple[pd.DataFrame, None]:
@@ -209,8 +210,8 @@ def _read_agreed(
     return together(retyped)[0] if changed else frame
 
 
-def _vote(column: pd.Series, inferred: bool) -> _Vote:
-    """Return what this rank would take the column for."""
+def _vote(column: pd.Series, missing: list[str] | None) -> _Vote:
+    """Return what this rank takes the column for; its dtype was inferred if it has words that mean a missing value."""
     dtype = column.dtype
     is_object = ptypes.is_object_dtype(dtype)
     if len(column) == 0:
@@ -223,15 +224,16 @@ def _vote(column: pd.Series, inferred: bool) -> _Vote:
     if isinstance(dtype, np.dtype) and dtype.kind in "iuf":
         return "number", str(dtype)
     if kind == "string" or (not is_object and ptypes.is_string_dtype(dtype)):
-        return "digits" if inferred and _has_numbers_alone(column) else "text", str(dtype)
-    return "digits" if inferred and kind == "integer" else "other", str(dtype)
+        doubtful = missing and ((not column.hasnans and column.isin(missing).any()) or _has_numbers_alone(column))
+        return "doubtful" if doubtful else "text", str(dtype)
+    return "doubtful" if missing and kind == "integer" else "other", str(dtype)
 
 
 def _has_numbers_alone(column: pd.Series) -> bool:
-    words = column[column.notna()]
+    words = column.dropna()
     try:
-        pd.to_numeric(words[:1].replace("", "0"))  # most often a word, which is enough
-        pd.to_numeric(words[words != ""])
+        pd.to_numeric(words[:1])  # most often a word, which is enough
+        pd.to_numeric(words)
     except ValueError:
         return False
     return True
@@ -241,9 +243,9 @@ def _agree(votes: list[_Vote], inferred: bool) -> str | None:
     """Return the dtype of a column by the votes of all ranks; None to leave it, "text" or "doubt"."""
     given = [vote for vote in votes if vote[0]]
     kinds, dtypes = {kind for kind, _ in given} - {"missing"}, {dtype for _, dtype in given}
-    if inferred and kinds <= {"number", "digits"} and ("digits" in kinds or {"uint64"} < dtypes):
+    if inferred and kinds <= {"number", "doubtful"} and ("doubtful" in kinds or {"uint64"} < dtypes):
         return "doubt"
-    if len(dtypes) <= 1 and "digits" not in kinds:
+    if len(dtypes) <= 1 and "doubtful" not in kinds:
         return next(iter(dtypes), None)
     if kinds == {"number"}:
         return "float64"
@@ -253,6 +255,8 @@ def _agree(votes: list[_Vote], inferred: bool) -> str | None:
 def _sizes(texts: pd.Series) -> dict[str, Any]:
     """Return what decides for which dtype pandas takes a column of numbers, given as texts."""
     words = texts.dropna().astype(object)
+    if not _has_numbers_alone(words):
+        return {"first": "word"}
     whole = words.str.fullmatch(r"\s*[+-]?[0-9]+\s*")
     numbers = words[whole].map(int)
     odd = {row: "fraction" for row in [*words.index[~whole][:1], *numbers.index[numbers < -(2**63)][:1]]}
@@ -265,8 +269,12 @@ def _sizes(texts: pd.Series) -> dict[str, Any]:
     }
 
 
-def _dtype_of(sizes: list[dict[str, Any]]) -> str:
-    """Return for which dtype pandas takes a column whose parts have these sizes."""
+def _dtype_of(sizes: list[dict[str, Any]], *, is_number: bool) -> str:
+    """Return for which dtype pandas takes a column whose parts have these sizes; values and coordinates are floats."""
+    if any(part["first"] == "word" for part in sizes):
+        return "text"
+    if is_number:
+        return "float64"
     first = next((part["first"] for part in sizes if part["first"]), "")
     missing, negative, unsigned = (any(part[key] for part in sizes) for key in ("missing", "negative", "unsigned"))
     if first == "huge" or (not first and unsigned and (missing or negative)):
@@ -314,4 +322,11 @@ def _unify(column: pd.Series, traits: list[dict[str, Any]], *, sort: bool) -> pd
     if len(zones := {trait["zone"] for trait in dated}) > 1:
         raise ValueError(f"continuous: expected one time zone in column {column.name!r}, got {sorted(zones)}")
     dtype = max(dated, key=lambda trait: _UNITS.index(trait["unit"]))["dtype"]
-    return column.astype(dtype) if column.notna().any() else pd.Series(pd.NaT, column.index, dtype, name=column.name)
+    if column.isna().all():
+        return pd.Series(pd.NaT, column.index, dtype, name=column.name)
+    try:
+        return column.astype(dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"continuous: expected dates that {dtype} holds in column {column.name!r}, got {error}"
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -371,6 +372,8 @@ def test_numbers_have_the_dtype_of_the_whole_column(tmp_path: Path, cells: list[
         ["9223372036854775808", "-1", "007", "1"],
         ["9223372036854775808", "1", "", "1"],
         ["18446744073709551616", "1", "2.50", ""],
+        ["18446744073709551616", "x", "2.50", "NA"],
+        ["9223372036854775808", "1", "NA", ""],
     ],
 )
 def test_words_anywhere_make_a_column_text_as_it_is_written(tmp_path: Path, cells: list[str]) -> None:
@@ -485,6 +488,22 @@ def test_a_matrix_gives_columns(tmp_path: Path, order: Any, save: Callable[..., 
     np.testing.assert_array_equal(y, arrays["y"].astype(np.float64))
     for size in (1, 2, 3, 5, 12):
         assert_shards_are_the_table(path, size, "y")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".zarr"])
+def test_no_more_than_the_share_and_a_chunk_are_held(tmp_path: Path, suffix: str) -> None:
+    path, n = tmp_path / f"x{suffix}", 1_000_000
+    arrays = {"X": np.zeros((n, 2)), "y": np.zeros(n)}
+    np.savez(path, **arrays) if suffix == ".npz" else write_zarr(path, arrays, chunk=50_000)
+    source = columnar.NpzFile(path) if suffix == ".npz" else columnar.ZarrFolder(path)
+    source.locate(lambda step: (step(), []), 3, 10)
+    tracemalloc.start()
+    frame = source.read(source.names, {})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    share = int(frame.memory_usage().sum())
+    assert len(frame) == n // 10
+    assert peak < 3 * share + 2 * 2**20 < 24 * n / 2
 
 
 @pytest.mark.parametrize(
