@@ -32,6 +32,7 @@ __all__ = [
     "metrics",
     "models",
     "plotting",
+    "read_shard",
     "read_table",
     "read_tns",
     "to_xarray",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors; with
     from probtensor.readers import read_table as read_table
     from probtensor.readers import read_tns as read_tns
     from probtensor.readers import to_xarray as to_xarray
+    from probtensor.shards import read_shard as read_shard
 else:
     _HOMES = {
         **dict.fromkeys(("CategoricalAxis", "ContinuousAxis"), "probtensor.axes"),
@@ -65,6 +67,7 @@ else:
         **dict.fromkeys(("Linear", "Matern", "Periodic", "Sum", "White"), "probtensor.kernels"),
         "load": "probtensor.persistence",
         **dict.fromkeys(("from_dense", "from_xarray", "read_table", "read_tns", "to_xarray"), "probtensor.readers"),
+        "read_shard": "probtensor.shards",
     }
     _SUBMODULES = ("comm", "datasets", "inference", "metrics", "models", "plotting")
 

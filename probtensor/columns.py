@@ -190,22 +190,41 @@ def numeric(column: pd.Series, argument: str, name: str) -> pd.Series:
 
 
 def as_coordinates(column: pd.Series) -> pd.Series:
-    """Return numbers as float64, and ISO 8601 strings as datetimes."""
+    """Return numbers as float64, and ISO 8601 strings as datetimes; raise a ValueError for others.
+
+    The message has the first row at fault as the column's index numbers it.
+    """
     if ptypes.is_numeric_dtype(column.dtype) and not ptypes.is_bool_dtype(column.dtype):
         return column.astype(np.float64)
     if column.dtype.kind in "mM":
         return column
     try:
         return pd.to_datetime(column, format="ISO8601")
-    except ValueError as error:
-        message = f"continuous: expected numbers or ISO 8601 dates in column {column.name!r}, got {error}"
+    except (TypeError, ValueError) as error:
+        came = _not_a_date(column) or error
+        message = f"continuous: expected numbers or ISO 8601 dates in column {column.name!r}, got {came}"
         raise ValueError(message) from error
 
 
+def _not_a_date(column: pd.Series) -> str:
+    """Return the first word of `column` that is no ISO 8601 date, and its row; nothing if all are."""
+    try:
+        bad = column.index[pd.to_datetime(column, format="ISO8601", errors="coerce").isna() & column.notna()]
+    except (TypeError, ValueError):  # booleans, or several time zones
+        return ""
+    return f"{column[bad[0]]!r} at row {bad[0]}" if len(bad) else ""
+
+
 def check_labels(column: pd.Series, expected: str) -> None:
-    """Raise a ValueError if the labels of `column` have not the `label_dtype` expected; "mixed" agrees with all."""
+    """Raise a ValueError if the labels of `column` have not the `label_dtype` expected; "mixed" agrees with all.
+
+    The message has the first row without a label as the column's index numbers it.
+    """
     if expected == "mixed":
         return
+    if len(missing := column.index[column.isna()]):
+        came = f"{column[missing[0]]} at row {missing[0]} (rows like it: {len(missing)})"
+        raise ValueError(f"column {column.name!r}: expected a label in every row, got {came}")
     came = label_dtype(factorize(column)[1])
     if came not in (expected, "mixed"):
         raise ValueError(f"categorical: expected labels of type {expected!r} in column {column.name!r}, got {came!r}")

@@ -1,4 +1,4 @@
-"""Ways in and out: dense tensors, xarray, and .tns, csv, tsv and parquet files, as tables of coordinates and values.
+"""Ways in and out: dense tensors, xarray, .tns files and tables in files, as tables of coordinates and values.
 
 What is read goes to `Observations.from_table` or to a model's `fit`. Nothing here has the tensor's volume, except
 `from_dense` and `from_xarray`, whose input has it, and `to_xarray`, whose result has it.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,16 +16,15 @@ import numpy.typing as npt
 import pandas as pd
 from pandas.api import types as ptypes
 
-from probtensor.columns import FloatArray, as_coordinates, check_labels, numeric, to_cpu_array
+from probtensor.columns import FloatArray, to_cpu_array
+from probtensor.comm import Serial
 from probtensor.data import as_table, resolve_axes
+from probtensor.shards import read_shard
 
 if TYPE_CHECKING:
     import xarray
 
 Values = npt.NDArray[np.floating[Any]]
-
-_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-_MISSING = ("", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")
 
 
 def from_dense(tensor: Any, mask: Any = None, coords: Any = None) -> tuple[pd.DataFrame, Values]:
@@ -186,14 +184,15 @@ def read_table(
     categorical: Iterable[str] | Mapping[str, str] = (),
     columns: Iterable[str] | None = None,
 ) -> tuple[pd.DataFrame, FloatArray | None]:
-    """Read coordinates and values from a csv, tsv or parquet file.
+    """Read coordinates and values from a csv, tsv, parquet or npz file or a zarr folder.
 
     The table carries what was named: `resolve_axes` says continuous or categorical as asked.
 
     Parameters
     ----------
     path : path_like
-        Ends in .csv, .csv.gz, .tsv, .tsv.gz or .parquet.
+        Ends in .csv, .csv.gz, .tsv, .tsv.gz, .parquet, .npz or .zarr. In .npz and .zarr, arrays of shape (n,) are
+        columns, and an array "X" of shape (n, K) has the columns "mode_0", "mode_1", …
     value : str or None
         Column of values; rows without one are holes and are left out. None for a file of coordinates only.
     continuous : iterable of str
@@ -215,29 +214,10 @@ def read_table(
     Raises
     ------
     ValueError
-        If the suffix or a column is unknown, a column is named both ways, or does not hold what it should.
+        If the suffix or a column is unknown, a column is named both ways, or does not hold what it should, or the file
+        is malformed. Rows in messages are those of the file, from 0.
     """
-    continuous = list(continuous)
-    label_dtypes = dict(categorical) if isinstance(categorical, Mapping) else dict.fromkeys(categorical, "mixed")
-    frame = _read_frame(Path(path), label_dtypes)
-    known = [name for name in frame.columns if name != value]
-    modes = known if columns is None else list(columns)
-    _check_names("value", [] if value is None else [value], list(frame.columns))
-    _check_names("columns", modes, known)
-    _check_names("continuous", continuous, modes)
-    _check_names("categorical", list(label_dtypes), [name for name in modes if name not in continuous])
-    y = None
-    if value is not None:
-        frame = frame[frame[value].notna()].reset_index(drop=True)
-        y = numeric(frame[value], "value", value).to_numpy(np.float64)
-    table = frame[modes].copy()
-    for name in continuous:
-        table[name] = as_coordinates(table[name])
-    for name, expected in label_dtypes.items():
-        check_labels(table[name], expected)
-        if ptypes.is_float_dtype(table[name].dtype) or table[name].dtype.kind in "mM":
-            table[name] = table[name].astype("category")
-    return table, y
+    return read_shard(path, Serial(), value, continuous, categorical, columns)
 
 
 def _mode_labels(shape: tuple[int, ...], coords: Any) -> dict[str, pd.Index]:
@@ -279,21 +259,3 @@ def _first_fault(path: str | os.PathLike[str]) -> str:
                 expected = f"{max(n_fields - 1, 1)} integers from 1 and a number"
                 return f"path: expected {expected}, got {line.strip()!r} on line {number} of {path}"
     return f"path: expected lines of integers from 1 and a number, got {'others' if n_fields else 'none'} in {path}"
-
-
-def _read_frame(path: Path, label_dtypes: dict[str, str]) -> pd.DataFrame:
-    if not path.name.endswith(_SUFFIXES):
-        raise ValueError(f"path: expected a name that ends in one of {_SUFFIXES}, got {path.name!r}")
-    if path.name.endswith(".parquet"):
-        return pd.read_parquet(path)
-    sep = "\t" if ".tsv" in path.suffixes else ","
-    names = pd.read_csv(path, sep=sep, nrows=0).columns
-    # A label may well be called "NA" or "None"; elsewhere these words mean a missing number.
-    missing = {name: [""] if name in label_dtypes else list(_MISSING) for name in names}
-    texts = {name: str for name, expected in label_dtypes.items() if expected == "str"}
-    return pd.read_csv(path, sep=sep, dtype=texts, na_values=missing, keep_default_na=False, low_memory=False)
-
-
-def _check_names(argument: str, names: list[str], known: list[str]) -> None:
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{argument}: expected columns among {known}, got {unknown}")
