@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import StrEnum
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from probtensor.axes import Axis
+    from probtensor.comm import Comm
 
 DEFAULT_RANK = 6
 COLUMN = "COLUMN"
+TYPED = (".parquet", ".npz", ".zarr")  # files whose columns have types, unlike text
 DATES = r"\d{4}-\d{2}-\d{2}([ T].*)?"
 
 app = typer.Typer(
@@ -101,7 +104,9 @@ def demo(
 
 @app.command()
 def fit(
-    data: Annotated[Path, typer.Argument(help="Table: .csv, .tsv (also .gz) or .parquet.", show_default=False)],
+    data: Annotated[
+        Path, typer.Argument(help="Table: .csv, .tsv (also .gz), .parquet, .npz or .zarr.", show_default=False)
+    ],
     value: Annotated[str, typer.Option(metavar=COLUMN, help="Column with the measured values.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Where to write the model.", show_default=False)],
     continuous: Annotated[
@@ -158,6 +163,12 @@ def fit(
         typer.Option(help="Several rows of one cell are repeated observations, an error, or parts to sum or average."),
     ] = Duplicates.observations,
     seed: Annotated[int, typer.Option(help="Seed of the random starts.")] = 0,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the state of a long fit, also when a batch queue ends it.", show_default=False),
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Iterations from one checkpoint to the next.")] = 10,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint, if any.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Fit a model to a table and save it.
@@ -165,30 +176,39 @@ def fit(
     Every column but the value is an aspect, unless it is ignored. Columns that are named neither continuous nor
     categorical are judged by what they hold: numbers with a decimal point and dates such as 2024-01-31 are continuous;
     other words, whole numbers and true/false are labels. What each column was taken for is printed. Labels in columns
-    that are named categorical stay as they are written (007 is not 7). Rows without a value are left out. For example:
+    that are named categorical stay as they are written (007 is not 7). Rows without a value are left out. Under mpiexec
+    or srun the ranks share the rows and the work. For example:
 
     **probtensor fit air.csv --value pm25 --continuous day --continuous latitude --categorical station --out air.model**
 
     **probtensor fit assay.csv --value y --continuous time --rank 4 --form tucker --nu 2.5 --out assay.model**
     """
-    with _user_errors():
-        from probtensor.data import resolve_axes
-        from probtensor.models import FunBaT
-        from probtensor.readers import read_table
+    from probtensor.comm import Serial, world
 
+    comm: Comm = Serial()
+    with _user_errors(lambda: comm):
+        from probtensor.data import resolve_axes
+        from probtensor.intake import agree_on_axes
+        from probtensor.models import FunBaT
+        from probtensor.shards import read_shard
+
+        comm = world()
         if not out.absolute().parent.is_dir():  # said now, not after the fit
             raise ValueError(f"--out: expected a name in a folder that exists, got {str(out)!r}")
+        if resume and checkpoint is None:
+            raise ValueError("--resume: expected the folder of the checkpoints as --checkpoint, got none")
         near, labels, ignored = continuous or [], categorical or [], ignore or []
-        as_written = dict.fromkeys(labels, "mixed" if data.suffix == ".parquet" else "str")
-        X, y = read_table(data, value, near, as_written)
+        as_written = dict.fromkeys(labels, "mixed" if data.suffix in TYPED else "str")
+        X, y = read_shard(data, comm, value, near, as_written)
         if unknown := [name for name in ignored if name not in X.columns]:
             raise ValueError(f"--ignore: expected columns among {list(X.columns)}, got {unknown}")
-        X = _with_dates(X.drop(columns=ignored), {*near, *labels})
-        if X.empty:
-            raise ValueError(f"{data}: expected values and columns beside them, got {len(X)} and {list(X.columns)}")
+        X = _with_dates(X.drop(columns=ignored), {*near, *labels}, comm)
+        n_rows = sum(int(data) for data in comm.gather_bytes(str(len(X)).encode()))
+        if n_rows == 0 or len(X.columns) == 0:
+            raise ValueError(f"{data}: expected values and columns beside them, got {n_rows} and {list(X.columns)}")
         axes = _with_smoothness(resolve_axes(X), nu or [])
-        fitted = [axis.fit(X[axis.name]) for axis in axes]
-        for axis in fitted:
+        fitted = agree_on_axes(tuple(axis.fit(X[axis.name]) for axis in axes) if len(X) else None, comm)
+        for axis in fitted if comm.is_root else ():
             guessed = axis.name not in near + labels and X[axis.name].dtype.kind == "i"
             hint = f"; if near numbers mean alike: --continuous {axis.name}" if guessed else ""
             typer.echo(f"{axis.name}: {_what(axis)}{hint}")
@@ -199,10 +219,11 @@ def fit(
             **{"progress": not quiet and sys.stderr.isatty()},
         }
         model = FunBaT(**{name: setting for name, setting in settings.items() if setting is not None})
-        model.fit(X, y)
-        model.save(out)
-        typer.echo(f"Fitted {len(X)} values in {model.n_iter_} iterations ({model.stop_reason_}).")
-        typer.echo(f"Saved {out}")
+        model.fit(X, y, comm=comm, checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume)
+        if comm.is_root:
+            model.save(out)
+            typer.echo(f"Fitted {n_rows} values in {model.n_iter_} iterations ({model.stop_reason_}).")
+            typer.echo(f"Saved {out}")
 
 
 @app.command()
@@ -224,9 +245,12 @@ def predict(
     """
     with _user_errors():
         from probtensor.axes import CategoricalAxis, ContinuousAxis
+        from probtensor.comm import world
         from probtensor.persistence import load
         from probtensor.readers import read_table
 
+        if not world().is_root:  # a prediction is no work for several ranks
+            return
         fitted = load(model)
         names = [str(axis.name) for axis in fitted.axes_]
         near = [str(axis.name) for axis in fitted.axes_ if isinstance(axis, ContinuousAxis)]
@@ -251,7 +275,7 @@ def info(model: ModelFile) -> None:
             typer.echo(line)
 
 
-def _ranks(text: str | None, form: Form, fitted: list[Axis]) -> int | tuple[int, ...]:
+def _ranks(text: str | None, form: Form, fitted: Sequence[Axis]) -> int | tuple[int, ...]:
     """Return the ranks of ``--rank``; without it 6, or as many as a Tucker model allows."""
     if text is None:
         ranks = tuple(min(DEFAULT_RANK, axis.size) if form is Form.tucker else DEFAULT_RANK for axis in fitted)
@@ -284,15 +308,20 @@ def _with_smoothness(axes: tuple[Axis, ...], given: list[str]) -> tuple[Axis, ..
     )
 
 
-def _with_dates(table: pd.DataFrame, named: set[str]) -> pd.DataFrame:
-    """Return the table with dates instead of text in the columns, not `named`, where every text is an ISO 8601 date."""
+def _with_dates(table: pd.DataFrame, named: set[str], comm: Comm) -> pd.DataFrame:
+    """Return the table with dates instead of text in the columns, not `named`, where every text is an ISO 8601 date.
+
+    On several ranks: every text of all of them.
+    """
     import pandas as pd
 
     for name in table.columns.difference(list(named)):
-        texts = table[name]
+        texts, dates = table[name], None
         if pd.api.types.is_string_dtype(texts.dtype) and bool(texts.str.fullmatch(DATES).eq(True).all()):
             with suppress(ValueError):  # 2024-99-99 is no date, but a label
-                table = table.assign(**{name: pd.to_datetime(texts, format="ISO8601")})
+                dates = pd.to_datetime(texts, format="ISO8601")
+        if b"no" not in comm.gather_bytes(b"no" if dates is None else b"yes"):
+            table = table.assign(**{name: dates})
     return table
 
 
@@ -300,8 +329,10 @@ def _read_as_written(path: Path) -> pd.DataFrame:
     """Return a table whose csv cells are the text that is in the file."""
     import pandas as pd
 
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path)
+    from probtensor.readers import read_table
+
+    if path.suffix in TYPED:
+        return read_table(path, None)[0]
     return pd.read_csv(path, sep="\t" if ".tsv" in path.suffixes else ",", dtype=str, keep_default_na=False)
 
 
@@ -357,12 +388,15 @@ def _numbers(value: Any) -> str:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn what is wrong with the user's input into one line on stderr and code 2; warnings into one line, once."""
+def _user_errors(group: Callable[[], Comm] | None = None) -> Iterator[None]:
+    """Turn what is wrong with the user's input into one line on stderr and code 2; warnings into one line, once.
+
+    `group` gives the ranks, once they are known: rank 0 speaks for all, and an error of one ends the job.
+    """
     shown = set[str]()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        if (line := _one_line(message)) not in shown:
+        if (line := _one_line(message)) not in shown and (group is None or group().is_root):
             typer.echo(f"Warning: {line}", err=True)
         shown.add(line)
 
@@ -376,7 +410,12 @@ def _user_errors() -> Iterator[None]:
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             if os.environ.get("PROBTENSOR_TRACEBACK"):
                 raise
+            comm = None if group is None or group().size == 1 else group()
+            if comm is not None and not comm.is_root:
+                time.sleep(2.0)  # what is wrong on all ranks, rank 0 says
             typer.echo(f"Error: {_one_line(error)}", err=True)
+            if comm is not None:
+                comm.abort(2)
             raise typer.Exit(2) from None
 
 

@@ -20,6 +20,7 @@ from probtensor.data import Duplicates, Observations
 __all__ = [
     "Table",
     "Where",
+    "agree_on_axes",
     "observe_more",
     "observe_together",
     "row_keys",
@@ -138,7 +139,7 @@ def observe_together(
     if comm.size == 1:
         assert observed is not None
         return observed, numbers
-    agreed = _agree(None if observed is None else observed.axes, comm)
+    agreed = agree_on_axes(None if observed is None else observed.axes, comm)
     if observed is None:
         return Observations(agreed, torch.zeros(0, len(agreed), dtype=torch.int64), torch.zeros(0).double()), numbers
     places = [torch.from_numpy(_places(old, new)) for old, new in zip(observed.axes, agreed, strict=True)]
@@ -146,12 +147,25 @@ def observe_together(
     return Observations(agreed, torch.stack(moved, dim=1), observed.values), numbers
 
 
-def _agree(mine: tuple[Axis, ...] | None, comm: Comm) -> tuple[Axis, ...]:
-    """Axes with the distinct values of all ranks, from this rank's (None where it has no rows).
+def agree_on_axes(mine: tuple[Axis, ...] | None, comm: Comm) -> tuple[Axis, ...]:
+    """Axes with the distinct values of all ranks.
 
     Each value goes to one rank by its hash, which drops repetitions, and then to all: no rank holds more than its own
     values, its share of all ranks' and the result.
+
+    Parameters
+    ----------
+    mine : tuple of Axis, or None
+        Fitted to this rank's rows; None where it has none.
+    comm : Comm
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if they differ in kind, name or type of values, or no rank has rows.
     """
+    if comm.size == 1 and mine is not None:
+        return mine
     about = None if mine is None else [[replace(axis, distinct=None).to_state(), axis.is_sorted] for axis in mine]
     abouts = [json.loads(data) for data in comm.gather_bytes(json.dumps(about).encode())]
     first = next((about for about in abouts if about is not None), None)

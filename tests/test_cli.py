@@ -20,6 +20,7 @@ import probtensor
 import probtensor.demo  # before the stand-in takes the model's place
 from probtensor.axes import CategoricalAxis, ContinuousAxis, axis_from_state
 from probtensor.cli import app, fit
+from probtensor.comm import Serial
 from probtensor.data import resolve_axes
 from probtensor.datasets import load_il2
 from probtensor.demo import run_demo, split_rows
@@ -40,8 +41,8 @@ class Toy:
         self.settings = settings
         Toy.made = self
 
-    def fit(self, X, y):
-        self.X, self.y = X, y
+    def fit(self, X, y, **running):
+        self.X, self.y, self.running = X, y, running
         self.axes_ = tuple(axis.fit(X[axis.name]) for axis in resolve_axes(X, self.settings.get("axes")))
         self.finish()
         return self
@@ -130,6 +131,17 @@ def test_fit_passes_the_table_and_every_setting_to_the_model(folder):
     assert Toy.made.y.tolist() == [1.25, 3.5, 4.5]
     assert "Fitted 3 values in 7 iterations" in result.stdout
     assert Path("my.model").is_file()
+
+
+def test_checkpoints_are_passed_on(folder):
+    run(*FIT)
+    running = Toy.made.running
+    assert isinstance(running.pop("comm"), Serial)
+    assert running == {"checkpoint": None, "checkpoint_every": 10, "resume": False}
+    run(*FIT, "--checkpoint", "states", "--checkpoint-every", "3", "--resume")
+    assert Toy.made.running | {"comm": 0} == {
+        **{"comm": 0, "checkpoint": Path("states"), "checkpoint_every": 3, "resume": True}
+    }
 
 
 def test_settings_that_were_not_given_are_left_to_the_model(folder):
@@ -310,6 +322,7 @@ def test_version_and_help():
         ((*FIT, "--ignore", "hour"), "--ignore: expected columns among"),
         ((*FIT, "--rank", "3;2"), "--rank: expected a number, or one for each aspect as in 3,2,4, got '3;2'"),
         ((*FIT, "--nu", "smooth"), "--nu: expected a number"),
+        ((*FIT, "--resume"), "--resume: expected the folder of the checkpoints as --checkpoint, got none"),
         ((*FIT, "--nu", "1"), "nu: expected 0.5, 1.5 or 2.5, got 1.0"),
         ((*FIT, "--nu", "station=1.5"), "--nu: expected a continuous column among ['day'], got 'station'"),
         (("info", "data.csv"), "data.csv is not a probtensor model"),
@@ -355,9 +368,9 @@ def test_a_traceback_is_shown_when_asked_for(folder, monkeypatch):
 
 
 def test_warnings_are_one_line_on_stderr(folder, monkeypatch):
-    def warn(self, X, y, fit=Toy.fit):
+    def warn(self, X, y, fit=Toy.fit, **running):
         warnings.warn("not converged:\n raise max_iter", UserWarning, stacklevel=2)
-        return fit(self, X, y)
+        return fit(self, X, y, **running)
 
     monkeypatch.setattr(Toy, "fit", warn)
     assert run(*FIT).stderr == "Warning: not converged: raise max_iter\n"
@@ -415,6 +428,29 @@ def test_a_table_is_completed_from_the_command_line(tmp_path):
     text = run("info", paths["my.model"]).stdout
     assert "continuous, 24 coordinates from 0.0 to 5.75" in text
     assert "categorical, 5 labels: a, b, c, d, e" in text
+
+
+@pytest.mark.mpi
+def test_ranks_share_the_work_of_the_command_and_rank_zero_alone_speaks(tmp_path, run_mpi):
+    X, y = load_il2()
+    table = X.assign(y=y)[::9]
+    table.to_csv(tmp_path / "il2.csv", index=False)
+    arguments = ["fit", tmp_path / "il2.csv", "--value", "y", "--rank", "2", "--max-iter", "12", "--starts", "1"]
+    alone = run(*map(str, arguments), "--out", str(tmp_path / "alone.model"), "--tol", "10", "--quiet")
+    more = ["--tol", "10", "--quiet", "--checkpoint", tmp_path / "states", "--checkpoint-every", "5"]
+    together = run_mpi("command.py", 3, *arguments, "--out", tmp_path / "ranks.model", *more)
+    assert together.stdout.replace("ranks.model", "alone.model") == alone.stdout
+    assert together.stderr == alone.stderr  # a warning, said once
+    assert len(list((tmp_path / "states").iterdir())) == 2
+    expected = load(tmp_path / "alone.model").predict(X, return_std=True)
+    for ours, theirs in zip(load(tmp_path / "ranks.model").predict(X, return_std=True), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+    again = run_mpi("command.py", 2, *arguments, "--out", tmp_path / "resumed.model", *more, "--resume")
+    assert "Saved" in again.stdout
+    wrong = run_mpi("command.py", 2, *arguments, "--out", tmp_path / "no" / "m", check=False)
+    assert wrong.returncode != 0
+    assert wrong.stderr.startswith("Error: --out: expected a name in a folder that exists")
+    assert wrong.stderr.count("Error: --out") == 1
 
 
 @pytest.fixture(scope="module")

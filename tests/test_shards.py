@@ -6,7 +6,7 @@ import gzip
 import threading
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -48,7 +48,7 @@ class Thread(Comm):
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         raise NotImplementedError
 
-    def exchange(self, table: Tensor, to: Tensor) -> Tensor:
+    def exchange_bytes(self, parts: Sequence[bytes]) -> list[bytes]:
         raise NotImplementedError
 
     def barrier(self, timeout: float = 600.0) -> None:
