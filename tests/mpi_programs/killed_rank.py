@@ -42,7 +42,7 @@ def main() -> None:
         CASES[case] |= {"max_iter": 40}
         whole = fit(case, None)
         for ours, theirs in zip(numbers(model), numbers(whole), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
         print(f"ok on {comm.size}", flush=True)
 
 
