@@ -15,14 +15,16 @@ from sklearn.exceptions import ConvergenceWarning
 import probtensor as pt
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
 from benchmarks.ranks import rank_lines
-from benchmarks.scale import scale_lines
+from benchmarks.scale import scale_lines, sum_of
 from benchmarks.splits import count_references, count_table, funbat, funbat_counts, reference_methods, table
 from probtensor import plotting
+from probtensor.comm import Serial
 from probtensor.demo import split_rows
 from probtensor.inference import kalman
+from probtensor.intake import Table, deal, row_keys
 from probtensor.metrics import rmse
 from probtensor.models import FunBaT
-from probtensor.models.functional_state import Rows
+from probtensor.models.functional_table import table_rows
 from probtensor.models.latent_functions import GaussianProcess
 
 FIRST_DAY = 306  # of the stream's year: 1 January 2014
@@ -170,15 +172,18 @@ def sweep(data: Data, n_sweeps: int = 30, threads: int = 1, out: Out = None) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(X, y)
-        positions = np.stack([axis.positions(X[:, k]) for k, axis in enumerate(model.axes_)])
-        rows = Rows(torch.from_numpy(positions), torch.from_numpy((y - model.y_mean_) / model.y_scale_))
+        positions = torch.from_numpy(np.stack([axis.positions(X[:, k]) for k, axis in enumerate(model.axes_)], axis=1))
+        values = torch.from_numpy((y - model.y_mean_) / model.y_scale_)
+        table_ = deal(Table(positions, values, None, None, row_keys(positions, values)), Serial())
+        parts, _ = table_rows(model._model, table_)
         state, walls, cpus = model._state, [], []
         with torch.no_grad():
             for _ in range(n_sweeps):
                 wall, cpu = time.perf_counter(), time.process_time()
                 for block in model._model.blocks:
-                    state = model._model.update(state, block, model._model.local_statistics(state, block, rows))
-                state, rows = model._model.end_sweep(state, rows)
+                    sums = sum_of(model._model.local_statistics(state, block, rows) for rows in parts)
+                    state = model._model.update(state, block, sums)
+                state, parts = model._model.end_sweep(state, parts)
                 float(model._model.bound(state))
                 walls.append(time.perf_counter() - wall)
                 cpus.append(time.process_time() - cpu)

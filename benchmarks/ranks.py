@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.scale import random_rows, scale_model
+from benchmarks.scale import now, random_rows, scale_model
+from probtensor.blocks import add_up
 from probtensor.comm import Comm, Serial, world
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_tucker import FunctionalTucker
@@ -46,14 +47,14 @@ def rank_lines(launcher: Sequence[str], ranks: Sequence[int], sizes: Sequence[in
         "|---|---|---|---|---|---|---|---|",
     ]
     one = {N: found[1, N] for N in sizes}
-    for (P, N), now in found.items():
-        a = (one[N]["sweep"] - one[N]["few"]) / (N - now["few_rows"])
-        s = one[N]["few"] - a * now["few_rows"]
-        predicted = a * N / P + s + now["collectives"]
-        speed_up = one[N]["sweep"] / now["sweep"]
+    for (P, N), job in found.items():
+        a = (one[N]["sweep"] - one[N]["few"]) / (N - job["few_rows"])
+        s = one[N]["few"] - a * job["few_rows"]
+        predicted = a * N / P + s + job["collectives"]
+        speed_up = one[N]["sweep"] / job["sweep"]
         lines.append(
-            f"| {P} | {N:,} | {now['sweep']:.4f} | {speed_up:.2f} | {100 * speed_up / P:.0f} % | "
-            f"{now['collectives']:.5f} | {predicted:.4f} | {100 * (now['sweep'] / predicted - 1):+.0f} % |"
+            f"| {P} | {N:,} | {job['sweep']:.4f} | {speed_up:.2f} | {100 * speed_up / P:.0f} % | "
+            f"{job['collectives']:.5f} | {predicted:.4f} | {100 * (job['sweep'] / predicted - 1):+.0f} % |"
         )
     return lines
 
@@ -66,14 +67,15 @@ def main() -> None:
     model = scale_model(job["device"], job["rank"], job["coordinates"], dtype)
 
     def timed(n: int, comm: Comm) -> tuple[float, State]:
-        rows = random_rows(model, n, job["coordinates"], dtype, job["device"], seed=comm.rank)
-        state = model.start(comm.sum(model.local_start(rows)), torch.Generator().manual_seed(0))
+        parts = random_rows(model, n, job["coordinates"], dtype, job["device"], comm.rank, comm.size)
+        sums = comm.sum(*add_up(map(model.local_start, parts)))
+        state = model.start(sums, torch.Generator().manual_seed(0))
         seconds = []
         for _ in range(REPEATS + 1):
             comm.barrier()
-            began = _now(rows)
-            state = _sweep(model, state, rows, comm)
-            seconds.append(_now(rows) - began)
+            began = now(parts)
+            state = _sweep(model, state, parts, comm)
+            seconds.append(now(parts) - began)
         return statistics.median(seconds[1:]), state
 
     n = job["rows"] // comm.size
@@ -86,10 +88,11 @@ def main() -> None:
 
 
 @torch.no_grad()
-def _sweep(model: FunctionalTucker, state: State, rows: Rows, comm: Comm) -> State:
+def _sweep(model: FunctionalTucker, state: State, parts: list[Rows], comm: Comm) -> State:
     for block in model.blocks:
-        state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
-    state, _ = model.end_sweep(state, rows, comm.sum)
+        sums = comm.sum(*add_up(model.local_statistics(state, block, rows) for rows in parts))
+        state = model.update(state, block, sums)
+    state, _ = model.end_sweep(state, parts, lambda found: comm.sum(*add_up(found)))
     float(comm.broadcast(model.bound(state)))
     return state
 
@@ -102,7 +105,7 @@ def _collectives(comm: Comm, like: list[torch.Tensor], rank: int) -> float:
 
     def all_of_them() -> None:
         for tensor in tensors:
-            comm.sum(tensor)
+            comm.sum(tensor, tensor)
         float(comm.broadcast(one))
 
     return _median(all_of_them, comm, tensors[0].is_cuda)
@@ -120,12 +123,6 @@ def _median(work: Callable[[], None], comm: Comm, cuda: bool) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[3:])
-
-
-def _now(rows: Rows) -> float:
-    if rows.values.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
+from probtensor.blocks import add_up, number_of_blocks
+from probtensor.comm import Serial
 from probtensor.contract import packed_size
 from probtensor.gaussian import Gamma
 from probtensor.kernels import Matern
@@ -14,7 +17,7 @@ from probtensor.models.functional_table import in_groups
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import GaussianProcess
 
-__all__ = ["random_rows", "scale_lines", "scale_model"]
+__all__ = ["now", "random_rows", "scale_lines", "scale_model", "sum_of"]
 
 
 def scale_lines(
@@ -40,12 +43,11 @@ def scale_lines(
         "|---|---|---|---|---|---|---|---|",
     ]
     for n in sizes:
-        rows = random_rows(model, n, coordinates, dtype, device)
-        statistics_ = model.local_start(rows)
-        state = model.start(statistics_, torch.Generator().manual_seed(0))
+        parts = random_rows(model, n, coordinates, dtype, device)
+        state = model.start(sum_of(map(model.local_start, parts)), torch.Generator().manual_seed(0))
         whole, sums = [], []
         for _ in range(repeats + 1):
-            taken, state = _sweep(model, state, rows)
+            taken, state = _sweep(model, state, parts)
             whole.append(taken[0])
             sums.append(taken[1])
         seconds, of_it = statistics.median(whole[1:]), statistics.median(sums[1:])
@@ -66,31 +68,41 @@ def scale_model(device: str, rank: int, coordinates: int, dtype: torch.dtype) ->
 
 
 def random_rows(
-    model: FunctionalTucker, n: int, coordinates: int, dtype: torch.dtype, device: str, seed: int = 0
-) -> Rows:
-    """Rows anywhere."""
+    model: FunctionalTucker, n: int, coordinates: int, dtype: torch.dtype, device: str, seed: int = 0, share: int = 1
+) -> list[Rows]:
+    """Rows anywhere, in as many blocks as a fit makes: those of one of `share` ranks that have n rows each."""
     generator = torch.Generator(device).manual_seed(seed)
     positions = torch.randint(coordinates, (3, n), generator=generator, device=device)
-    rows = Rows(positions, torch.randn(n, generator=generator, dtype=dtype, device=device))
-    return in_groups(model, rows, [f.size for f in model.functions])
+    values = torch.randn(n, generator=generator, dtype=dtype, device=device)
+    if device.startswith("cuda"):
+        return [in_groups(model, Rows(positions, values), [f.size for f in model.functions])]
+    n_blocks = -(-number_of_blocks(n * share) // share)
+    pairs = zip(positions.tensor_split(n_blocks, dim=1), values.tensor_split(n_blocks), strict=True)
+    return [Rows(where.contiguous(), y) for where, y in pairs]
+
+
+def sum_of(parts: Iterable[Tensor]) -> Tensor:
+    """As one rank adds them up."""
+    return Serial().sum(*add_up(parts))
 
 
 @torch.no_grad()
-def _sweep(model: FunctionalTucker, state: State, rows: Rows) -> tuple[tuple[float, float], State]:
+def _sweep(model: FunctionalTucker, state: State, parts: list[Rows]) -> tuple[tuple[float, float], State]:
     """Seconds of a sweep, and of its sums over rows; the state after it."""
-    start, of_it = _now(rows), 0.0
+    start, of_it = now(parts), 0.0
     for block in model.blocks:
-        before = _now(rows)
-        total = model.local_statistics(state, block, rows)
-        of_it += _now(rows) - before
+        before = now(parts)
+        total = sum_of(model.local_statistics(state, block, rows) for rows in parts)
+        of_it += now(parts) - before
         state = model.update(state, block, total)
-    state, _ = model.end_sweep(state, rows)
+    state, _ = model.end_sweep(state, parts)
     float(model.bound(state))
-    return (_now(rows) - start, of_it), state
+    return (now(parts) - start, of_it), state
 
 
-def _now(rows: Rows) -> float:
-    if rows.values.is_cuda:
+def now(parts: list[Rows]) -> float:
+    """Seconds, when the GPU has done what it was given."""
+    if parts[0].values.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
 

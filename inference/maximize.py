@@ -1,6 +1,7 @@
 """Maximise a smooth function of a few bounded parameters, by SciPy's L-BFGS-B on autograd's gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,26 +12,29 @@ __all__ = ["maximize"]
 
 
 def maximize(
-    objective: Callable[[Tensor], Tensor],
+    objective: Callable[..., Tensor],
     start: Tensor,
     bounds: Tensor,
     max_iter: int,
-    total: Callable[[Tensor], Tensor] | None = None,
+    parts: Sequence[Any] | None = None,
+    total: Callable[[Iterable[Tensor]], Tensor] = sum,  # type: ignore[assignment]
 ) -> Tensor:
     """A few steps uphill; the value at the result is never below that at `start`.
 
     Parameters
     ----------
     objective : callable
-        Takes a tensor shaped as `start`, gives a differentiable scalar.
+        Takes a tensor shaped as `start`, and a part if there are any; gives a differentiable scalar.
     start : Tensor, any shape
     bounds : Tensor, shape (2, *start.shape)
         Lower and upper bounds.
     max_iter : int
         Iterations of L-BFGS-B.
+    parts : sequence, optional
+        What the objective is a sum over, for example rows.
     total : callable, optional
-        Where each rank knows a part of the objective: sums a float64 vector over the ranks, with the same result on
-        all of them. Value and gradient travel together, and all ranks take the same steps.
+        Sums float64 vectors, one a part: over all ranks, if each has some, with the same result on all of them. Value
+        and gradient travel together, and all ranks take the same steps. Default: over the parts.
 
     Returns
     -------
@@ -38,13 +42,15 @@ def maximize(
         Shaped as `start`, same dtype and device.
     """
 
+    def value_and_gradient(x: Tensor, *part: Any) -> Tensor:
+        with torch.enable_grad():
+            value = objective(x, *part)
+            (gradient,) = torch.autograd.grad(value, x)
+        return torch.cat([value.detach().reshape(1), gradient.reshape(-1)]).double()
+
     def negative(flat: np.ndarray) -> tuple[float, np.ndarray]:
         x = torch.from_numpy(flat).to(start).reshape(start.shape).requires_grad_()
-        with torch.enable_grad():
-            value = objective(x)
-            (gradient,) = torch.autograd.grad(value, x)
-        found = torch.cat([value.detach().reshape(1), gradient.reshape(-1)]).double()
-        found = found if total is None else total(found)
+        found = value_and_gradient(x) if parts is None else total(value_and_gradient(x, part) for part in parts)
         return -found[0].item(), -found[1:].cpu().numpy()
 
     x0 = start.reshape(-1).double().cpu().numpy()

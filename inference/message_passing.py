@@ -7,7 +7,7 @@ summed values only.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from tqdm import tqdm
 
+from probtensor.blocks import add_up
 from probtensor.comm import Comm
 
 __all__ = ["MessagePassingModel", "Progress", "Result", "run"]
@@ -58,8 +59,10 @@ class MessagePassingModel(Protocol[StateT, RowsT, BlockT]):
         """The state with one block at its optimum."""
         ...
 
-    def end_sweep(self, state: StateT, rows: RowsT, total: Callable[[Tensor], Tensor]) -> tuple[StateT, RowsT]:
-        """State and rows after the last block; `total` sums a tensor over all ranks."""
+    def end_sweep(
+        self, state: StateT, parts: Sequence[RowsT], total: Callable[[Iterable[Tensor]], Tensor]
+    ) -> tuple[StateT, list[RowsT]]:
+        """State and rows after the last block; `total` sums what belongs to the parts, over all ranks."""
         ...
 
     def bound(self, state: StateT) -> Tensor:
@@ -113,7 +116,7 @@ class Result(NamedTuple, Generic[StateT]):
 @torch.no_grad()
 def run(
     model: MessagePassingModel[StateT, RowsT, BlockT],
-    given: RowsT,
+    given: Sequence[RowsT],
     *,
     comm: Comm,
     generator: torch.Generator,
@@ -131,8 +134,8 @@ def run(
     Parameters
     ----------
     model : MessagePassingModel
-    given
-        This rank's rows.
+    given : sequence
+        This rank's rows in parts: see `probtensor.blocks`. At least one, which may be empty.
     comm : Comm
         Sums over ranks.
     generator : torch.Generator
@@ -175,12 +178,19 @@ def run(
         total=total, initial=done, desc="sweeps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)
     ) as bar:
 
-        def sweep(now: Progress[StateT], rows: RowsT) -> tuple[Progress[StateT], RowsT]:
+        def sum_over(parts: Iterable[Tensor]) -> Tensor:
+            return comm.sum(*add_up(parts))
+
+        def begin(state: StateT) -> list[RowsT]:
+            return [model.begin(state, part) for part in given]
+
+        def sweep(now: Progress[StateT], rows: list[RowsT]) -> tuple[Progress[StateT], list[RowsT]]:
             state, number = now.state, len(now.history) + 1
             try:
                 for block in model.blocks:
-                    state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
-                state, rows = model.end_sweep(state, rows, comm.sum)
+                    sums = sum_over(model.local_statistics(state, block, part) for part in rows)
+                    state = model.update(state, block, sums)
+                state, rows = model.end_sweep(state, rows, sum_over)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise FloatingPointError(f"sweep {number} met a singular matrix; {ADVICE}") from error
             # From rank 0, since ranks on other processors may round otherwise, and all must decide alike.
@@ -189,18 +199,18 @@ def run(
             bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
             now = now._replace(state=state, history=[*now.history, bound])
             if after_sweep is not None and after_sweep(now):
-                rows = model.begin(state, given)  # as whoever goes on from there will
+                rows = begin(state)  # as whoever goes on from there will
             return now, rows
 
         @cache
         def start_sums() -> Tensor:
-            return comm.sum(model.local_start(given))
+            return sum_over(model.local_start(part) for part in given)
 
         def start(trial: int, best: tuple[StateT, list[float]] | None) -> Progress[StateT]:
             return Progress(trial, model.start(start_sums(), generator, trial), [], best)
 
         now = resume if resume is not None else start(0, None)
-        rows = model.begin(now.state, given)
+        rows = begin(now.state)
         while now.trial < n_init and screening:
             if len(now.history) < screening:
                 now, rows = sweep(now, rows)
@@ -209,7 +219,7 @@ def run(
             if now.best is not None and now.best[1][-1] >= best[1][-1]:
                 best = now.best
             now = start(now.trial + 1, best) if now.trial + 1 < n_init else Progress(n_init, *best, None)
-            rows = model.begin(now.state, given)
+            rows = begin(now.state)
         while True:
             history = now.history
             if len(history) >= max(min_iter, PATIENCE + 1):
@@ -226,7 +236,7 @@ def run(
             f"not converged: {reason}, the bound still moves. Raise max_iter or tol, or look at bound_history_; "
             "a lower rank often converges faster.",
             ConvergenceWarning,
-            stacklevel=8,  # the line that called fit: past run, its no_grad, sweeps, fit, _fit, _fit_observed and fit
+            stacklevel=7,  # the line that called fit: past run, its no_grad, sweeps, fit, _fit and fit
         )
     return Result(now.state, now.history, max_iter, False, reason)
 

@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from probtensor.axes import Axis
+from probtensor.blocks import add_up
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm, Serial, refuse_together
 from probtensor.data import Duplicates
@@ -28,7 +29,7 @@ from probtensor.models.funbat_state import (
 from probtensor.models.functional_fit import Fitted, fit, renewed
 from probtensor.models.functional_state import State
 from probtensor.models.functional_stream import absorb
-from probtensor.models.functional_table import has_repeated_cells, shared_generator, spread_cells
+from probtensor.models.functional_table import has_repeated_cells, shared_generator
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import latent_functions
 from probtensor.models.observation import Observation, draw_values
@@ -328,15 +329,15 @@ class FunBaT(TensorRegressor):
     def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         check_parameters(self.get_params(deep=False))
         self.rank_ = resolve_ranks(self.rank, self.form, self.axes_, bool(self.main_effects))
-        values, count, precision = table.values, table.count, table.precision
+        values, precision = table.values, table.precision
         likelihood = resolve_likelihood(self.likelihood, bool(self.nugget), known_noise=precision is not None)
         refuse_together(comm, lambda: None if likelihood is None else likelihood.check(values))
         if isinstance(likelihood, StudentT) and likelihood.nugget:
-            table = spread_cells(table, comm)
             # Without repetition, residual of the cell and noise of the row are one.
             likelihood = replace(likelihood, nugget=precision is not None or has_repeated_cells(table, comm))
-        weight = torch.ones_like(values) if count is None else count
-        sums = comm.sum(torch.stack([weight.sum(), (weight * values).sum()]))
+        weights = [torch.ones_like(part.values) if part.count is None else part.count for part in table.blocks()]
+        pairs = zip(weights, table.blocks(), strict=True)
+        sums = comm.sum(*add_up(torch.stack([w.sum(), (w * part.values).sum()]) for w, part in pairs))
         offset = 0.0 if likelihood is None else likelihood.offset(float(sums[1] / sums[0]))
         model = self._build(values, self.form, bool(self.main_effects) and len(self.axes_) > 1)
         fitted = fit(

@@ -11,6 +11,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from probtensor.blocks import add_up
 from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture, with_tail
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm
@@ -63,7 +64,7 @@ def fit(
     ----------
     model : FunctionalTucker
     table : Table
-        Rows of this rank; with a nugget, all rows of a cell on one rank (`spread_cells`).
+        Rows of this rank, as `deal` gives them.
     comm : Comm
     generator : torch.Generator
         In the same state on every rank.
@@ -93,7 +94,7 @@ def fit(
         model, at = read_stage(model, *saved, table.values.device)
         generator.set_state(saved[0]["generator"])
 
-    def sweeps(stage: Stage, model: FunctionalTucker, rows: Rows, n: int, least: int) -> Result[State]:
+    def sweeps(stage: Stage, model: FunctionalTucker, rows: list[Rows], n: int, least: int) -> Result[State]:
         def keep(now: Progress[State]) -> bool:
             assert checkpoints is not None
             due = checkpoints.due()
@@ -139,7 +140,7 @@ def fit(
     if at.is_last:
         rows, cells = table_rows(model, table)
         assert at.progress is not None
-        n_rows, square = comm.sum(model.local_start(rows)[:2])
+        n_rows, square = comm.sum(*add_up(model.local_start(part)[:2] for part in rows))
         state = at.progress.state._replace(n_rows=n_rows, square=square)
         at = at._replace(progress=at.progress._replace(state=state))
         left = max(max_iter - len(at.history), min(max_iter, WARM_UP))
@@ -154,16 +155,21 @@ def fit(
 
 
 def _observation(
-    model: FunctionalTucker, state: State, rows: Rows, cells: Tensor, table: Table, comm: Comm
+    model: FunctionalTucker, state: State, rows: list[Rows], cells: list[Tensor], table: Table, comm: Comm
 ) -> Observation:
     """How values come from entries under a state."""
     likelihood, seen = model.likelihood, None
     if isinstance(likelihood, StudentT) and likelihood.nugget:
-        assert rows.entries is not None
-        seen = look_at_cells(likelihood, state.log_parameters, cells, rows.entries, *model.at_rows(state, rows))
+        looked = []
+        for positions, part in zip(cells, rows, strict=True):
+            assert part.entries is not None
+            moments = model.at_rows(state, part)
+            looked.append(look_at_cells(likelihood, state.log_parameters, positions, part.entries, *moments))
+        seen = SeenCells(*(torch.cat(x) for x in zip(*looked, strict=True)))
     typical = 1.0
     if table.precision is not None:
-        sums = comm.sum(torch.stack([(1 / table.precision).sum(), table.values.new_tensor(float(len(table.values)))]))
+        variances = [1 / part.precision for part in table.blocks() if part.precision is not None]
+        sums = comm.sum(*add_up(torch.stack([x.sum(), x.new_tensor(float(len(x)))]) for x in variances))
         typical = float(sums[0] / sums[1])
     return renewed(model, state, Observation(typical, 0.0, math.inf, None), seen)
 

@@ -16,21 +16,21 @@ Broderick, Boyd, Wibisono, Wilson, Jordan (2013), "Streaming Variational Bayes",
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from probtensor.blocks import add_up
 from probtensor.cells import find_cells, merge_rows
 from probtensor.comm import Comm
 from probtensor.inference.kalman import Sites
-from probtensor.inference.maximize import maximize
 from probtensor.intake import Table
 from probtensor.likelihoods import Entries, StudentT
 from probtensor.models.functional_fit import everywhere, look_at_cells
 from probtensor.models.functional_state import Factor, Past, Rows, State
 from probtensor.models.functional_table import in_groups, plain_rows
-from probtensor.models.functional_tucker import LEARN_STEPS, FunctionalTucker
+from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import LatentFunctions
 from probtensor.models.observation import SeenCells
 
@@ -88,24 +88,20 @@ def absorb(
     rows = in_groups(model, rows._replace(positions=among), [len(at) for at in met])
     rows = model.begin(state, rows)
     mean, _ = model.at_rows(state, rows)
+
+    def sum_over(parts: Iterable[Tensor]) -> Tensor:
+        return comm.sum(*add_up(parts))
+
     for sweep in range(MAX_SWEEPS):
         for block in model.blocks:
             state = model.update(state, block, comm.sum(model.local_statistics(state, block, rows)))
-        state, rows = model.end_sweep(state, rows, comm.sum)
+        state, (rows,) = model.end_sweep(state, [rows], sum_over)
         before, (mean, variance) = mean, model.at_rows(state, rows)
         change = comm.sum(torch.stack([((mean - before) ** 2).sum(), mean.new_tensor(float(len(mean)))]))
         if sweep > 1 and float(change[0]) <= SETTLED**2 * float(change[1]):
             break
-    if likelihood is not None and len(state.log_parameters):
-        entries = rows.entries
-        assert entries is not None
-        here = maximize(
-            lambda p: likelihood.expected_log_prob(p, entries, mean, variance).sum(),
-            state.log_parameters,
-            likelihood.bounds(state.log_parameters),
-            LEARN_STEPS,
-            comm.sum,
-        )
+    if likelihood is not None:
+        here = model.fitted_parameters(state, [(rows, mean, variance)], sum_over)
         # Earlier rows are not asked again: their say is their number.
         share = float(n_new / (n_new + n_old))
         state = state._replace(log_parameters=torch.lerp(state.log_parameters, here, share))

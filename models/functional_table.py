@@ -1,12 +1,13 @@
-"""Rows of one rank on their way into the model: dealt by cell, and as the model takes them."""
+"""Rows of one rank on their way into the model."""
 
 import torch
 from torch import Tensor
 
+from probtensor.blocks import scramble
 from probtensor.cells import merge_rows, single_rows
 from probtensor.comm import Comm
 from probtensor.data import group_cells
-from probtensor.intake import Table, scramble
+from probtensor.intake import Table
 from probtensor.likelihoods import StudentT
 from probtensor.models.functional_state import Rows
 from probtensor.models.functional_tucker import FunctionalTucker
@@ -17,7 +18,6 @@ __all__ = [
     "in_groups",
     "plain_rows",
     "shared_generator",
-    "spread_cells",
     "table_rows",
     "uniform",
 ]
@@ -37,39 +37,16 @@ def has_repeated_cells(table: Table, comm: Comm) -> bool:
     return float(comm.sum(table.values.new_tensor([float(repeated)]))) > 0
 
 
-def spread_cells(table: Table, comm: Comm) -> Table:
-    """The rows dealt anew among the ranks, so that all rows of a cell are on one."""
-    if comm.size == 1:
-        return table
-    n = table.values.shape[0]
-    to = torch.zeros(n, dtype=torch.int64)
-    for position in table.positions.cpu().T:
-        to = scramble(to * 1_000_003 + position)
-    count = torch.ones_like(table.values) if table.count is None else table.count
-    precision = torch.ones_like(table.values) if table.precision is None else table.precision
-    columns = [*table.positions.T.to(count), table.values, count, precision, table.key.to(count)]
-    moved = comm.exchange(torch.stack(columns, dim=1), to % comm.size)
-    order = torch.argsort(moved[:, -1])  # the sums over rows then do not depend on who held them before
-    moved = moved[order]
-    K = table.positions.shape[1]
-    return Table(
-        moved[:, :K].long(),
-        moved[:, K],
-        None if table.count is None else moved[:, K + 1],
-        None if table.precision is None else moved[:, K + 2],
-        moved[:, K + 3].long(),
-    )
-
-
 def uniform(key: Tensor, seed: int) -> Tensor:
     """A uniform number in [0, 1) for the key of each row (n,): the same whichever rank holds the row."""
     return (scramble(key.cpu() + seed).double() / 2.0**63).to(key.device)
 
 
-def table_rows(model: FunctionalTucker, table: Table) -> tuple[Rows, Tensor]:
-    """The rows as the model takes them, and the positions (C, K) of their entries."""
-    rows, positions = plain_rows(model, table)
-    return in_groups(model, rows, [f.size for f in model.functions]), positions
+def table_rows(model: FunctionalTucker, table: Table) -> tuple[list[Rows], list[Tensor]]:
+    """The rows of each block as the model takes them, and the positions (C, K) of their entries; on a GPU one block."""
+    parts = [plain_rows(model, part) for part in ([table] if table.values.is_cuda else table.blocks())]
+    sizes = [f.size for f in model.functions]
+    return [in_groups(model, rows, sizes) for rows, _ in parts], [positions for _, positions in parts]
 
 
 def in_groups(model: FunctionalTucker, rows: Rows, sizes: list[int]) -> Rows:

@@ -24,7 +24,7 @@ ICLR, section 4. Differences: the core has a prior and its covariance is used; r
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -225,8 +225,11 @@ class FunctionalTucker:
         return state._replace(factors=factors, squared_error=error.clamp(min=0))
 
     def end_sweep(
-        self, state: State, rows: Rows, total: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> tuple[State, Rows]:
+        self,
+        state: State,
+        parts: Sequence[Rows],
+        total: Callable[[Iterable[Tensor]], Tensor] = sum,  # type: ignore[assignment]
+    ) -> tuple[State, list[Rows]]:
         """Update the noise, or the likelihood's parameters and all rows' Gaussian factors; count the sweep."""
         if self.likelihood is None:
             noise = state.noise
@@ -238,23 +241,26 @@ class FunctionalTucker:
                 rate = b0 + 0.5 * error
                 rate = torch.lerp(rate, noise.rate, self.damping) if self.damping else rate
                 noise = Gamma(a0 + n_rows / 2, rate)
-            return state._replace(noise=noise, sweep=state.sweep + 1), rows
-        likelihood, parameters = self.likelihood_at(state.sweep), state.log_parameters
-        mean, variance = self.at_rows(state, rows)
-        entries = rows.entries
-        assert entries is not None
-        if state.sweep >= WARM_UP and len(parameters) and state.past is None:
-            bounds = likelihood.bounds(parameters)
-            parameters = maximize(
-                lambda p: likelihood.expected_log_prob(p, entries, mean, variance).sum(),
-                parameters,
-                bounds,
-                LEARN_STEPS,
-                total,
-            )
-        expected = total(likelihood.expected_log_prob(parameters, entries, mean, variance).sum()[None])[0]
-        rows = self._with_sites(rows, state.sweep, parameters, mean, variance)
-        return state._replace(log_parameters=parameters, expected=expected, sweep=state.sweep + 1), rows
+            return state._replace(noise=noise, sweep=state.sweep + 1), list(parts)
+        seen = [(rows, *self.at_rows(state, rows)) for rows in parts]
+        parameters = state.log_parameters
+        if state.sweep >= WARM_UP and state.past is None:
+            parameters = self.fitted_parameters(state, seen, total)
+        likelihood = self.likelihood_at(state.sweep)
+        expected = total(_expected(likelihood, parameters, part)[None] for part in seen)[0]
+        renewed = [self._with_sites(rows, state.sweep, parameters, mean, variance) for rows, mean, variance in seen]
+        return state._replace(log_parameters=parameters, expected=expected, sweep=state.sweep + 1), renewed
+
+    def fitted_parameters(
+        self, state: State, seen: Sequence[tuple[Rows, Tensor, Tensor]], total: Callable[[Iterable[Tensor]], Tensor]
+    ) -> Tensor:
+        """The likelihood's parameters after some steps uphill, given the moments of ``f`` at the rows."""
+        likelihood, start = self.likelihood_at(state.sweep), state.log_parameters
+        if not len(start):
+            return start
+        return maximize(
+            lambda p, part: _expected(likelihood, p, part), start, likelihood.bounds(start), LEARN_STEPS, seen, total
+        )
 
     def at_rows(self, state: State, rows: Rows) -> tuple[Tensor, Tensor]:
         """Mean and variance (n,) of ``f``, offset included, at the rows."""
@@ -445,3 +451,10 @@ class FunctionalTucker:
         width = math.prod(packed) // min(packed) if self.form == "tucker" else packed[0]
         n, step = like.shape[0], max((GPU_CHUNK if like.is_cuda else CHUNK) // width, 1)
         return (slice(first, first + step) for first in range(0, max(n, 1), step))
+
+
+def _expected(likelihood: Likelihood, log_parameters: Tensor, part: tuple[Rows, Tensor, Tensor]) -> Tensor:
+    """``E log p`` of a part's rows, a scalar, from the moments of ``f`` there."""
+    rows, mean, variance = part
+    assert rows.entries is not None
+    return likelihood.expected_log_prob(log_parameters, rows.entries, mean, variance).sum()

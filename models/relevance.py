@@ -1,11 +1,13 @@
 """Which components matter: their share in the entries, dropping those that have none, and the modes' own effects."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from probtensor.blocks import add_up
 from probtensor.comm import Comm
 from probtensor.contract import pack, unpack
 from probtensor.inference.kalman import Sites
@@ -15,15 +17,15 @@ from probtensor.models.functional_tucker import FunctionalTucker
 __all__ = ["contributions", "main_effect", "prune"]
 
 
-def contributions(model: FunctionalTucker, state: State, rows: Rows, comm: Comm) -> Tensor:
+def contributions(model: FunctionalTucker, state: State, rows: Sequence[Rows], comm: Comm) -> Tensor:
     """Root mean square of each CP interaction over the observed entries; main effects are not among them.
 
     Parameters
     ----------
     model : FunctionalTucker
     state : State
-    rows : Rows
-        Of this rank.
+    rows : sequence of Rows
+        Of this rank, in parts.
     comm : Comm
 
     Returns
@@ -32,18 +34,22 @@ def contributions(model: FunctionalTucker, state: State, rows: Rows, comm: Comm)
         ``sqrt(mean_n E prod_k u^k_r(x_n)^2)`` in standard deviations of the values; of shape (0,) for Tucker.
     """
     if model.form == "tucker":
-        return rows.values.new_zeros(0)
+        return rows[0].values.new_zeros(0)
     every = interactions(model)
     diagonal = pack(torch.eye(model.ranks[0], dtype=torch.float64, device=every.device)) > 0
     squares = [factor.second[:, diagonal][:, every] for factor in state.factors]
     R = int(every.sum())
-    total = rows.values.new_zeros(R + 1)
-    for chunk in model.chunks(rows.values):
-        product = torch.ones_like(rows.values[chunk])[:, None].expand(-1, R)
-        for square, position in zip(squares, rows.positions[:, chunk], strict=True):
-            product = product * square.index_select(0, position)
-        total += torch.cat([product.sum(0), total.new_tensor([product.shape[0]])])
-    total = comm.sum(total)
+
+    def squared(part: Rows) -> Tensor:
+        total = part.values.new_zeros(R + 1)
+        for chunk in model.chunks(part.values):
+            product = torch.ones_like(part.values[chunk])[:, None].expand(-1, R)
+            for square, position in zip(squares, part.positions[:, chunk], strict=True):
+                product = product * square.index_select(0, position)
+            total += torch.cat([product.sum(0), total.new_tensor([product.shape[0]])])
+        return total
+
+    total = comm.sum(*add_up(map(squared, rows)))
     return (total[:R] / total[R]).sqrt()
 
 
@@ -53,7 +59,7 @@ def interactions(model: FunctionalTucker) -> Tensor:
 
 
 def prune(
-    model: FunctionalTucker, state: State, rows: Rows, comm: Comm, below: float
+    model: FunctionalTucker, state: State, rows: Sequence[Rows], comm: Comm, below: float
 ) -> tuple[FunctionalTucker, State]:
     """Model and state without the interactions that contribute next to nothing; at least one stays.
 
@@ -62,8 +68,8 @@ def prune(
     model : FunctionalTucker
         Tucker models are left as they are.
     state : State
-    rows : Rows
-        Of this rank.
+    rows : sequence of Rows
+        Of this rank, in parts.
     comm : Comm
     below : float
         `contributions` that are dropped.

@@ -9,8 +9,9 @@ Every method but ``abort`` is collective: all ranks call the same methods in the
 and shape. Only buffers travel, never pickles. Results come back detached, on the device of the tensor passed in.
 
 ``sum`` adds in rank order, ``((x_0 + x_1) + x_2) + …``: each element is added up by one rank and then handed to all,
-so all ranks hold the same bits, run after run, on any MPI library. ``MPI_Allreduce`` promises neither: with MPICH 5.0
-its order changes with the length of the buffer and the number of ranks.
+so all ranks hold the same bits, run after run, on any MPI library; with a ``rest``, on any number of ranks.
+``MPI_Allreduce`` promises neither: with MPICH 5.0 its order changes with the length of the buffer and the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -59,8 +60,11 @@ class Comm(ABC):
         return self.rank == 0
 
     @abstractmethod
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, rest: Tensor | None = None) -> Tensor:
         """Sum a float64, float32 or int64 tensor of any shape over the ranks: a new tensor, the same bits everywhere.
+
+        With what rounding has cut off each rank's summand (`add_up` in `probtensor.blocks`) as `rest`, of the same
+        shape, the sum is rounded once, at the end: its bits then do not depend on how the ranks share the work.
 
         Raises
         ------
@@ -145,10 +149,10 @@ class Serial(Comm):
     rank = 0
     size = 1
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` itself."""
+    def sum(self, tensor: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Return `tensor` itself, or with its rest."""
         check_summable(tensor)
-        return tensor
+        return tensor if rest is None else tensor + rest
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Return `tensor` itself."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probtensor.blocks import add_up
 from probtensor.comm import Comm, check_root, check_summable
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 __all__ = ["Mpi", "import_mpi"]
+
+Array = np.ndarray[Any, Any]
 
 _CHUNK_BYTES = 2**29  # per message: MPI counts are 32-bit, and several libraries fail from 1 or 2 GiB on
 _BARRIER_TAG = 7101
@@ -51,15 +54,17 @@ class Mpi(Comm):
         self.node_rank, self.node_size = node.Get_rank(), node.Get_size()
         node.Free()
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, rest: Tensor | None = None) -> Tensor:
         """Sum over the ranks: each rank adds up one segment in rank order, then all segments go to all ranks."""
-        self.require_agreement("sum", tensor)
+        self.require_agreement("sum" if rest is None else "sum with rest", tensor)
         check_summable(tensor)
         terms = _to_host(tensor).numpy()
+        rests = None if rest is None else _to_host(rest).numpy()
         total = np.empty_like(terms)
         step = max(1, _CHUNK_BYTES // terms.itemsize)
         for start in range(0, terms.size, step):
-            self._sum_chunk(terms[start : start + step], total[start : start + step])
+            chunk = slice(start, start + step)
+            self._sum_chunk(terms[chunk], None if rests is None else rests[chunk], total[chunk])
         return torch.from_numpy(total).reshape(tensor.shape).to(tensor.device)
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
@@ -134,17 +139,26 @@ class Mpi(Comm):
         self._comm.Abort(code)
         raise SystemExit(code)  # not reached: Abort does not return
 
-    def _sum_chunk(self, terms: np.ndarray[Any, Any], total: np.ndarray[Any, Any]) -> None:
-        """Write into `total` the sum over the ranks of the one-dimensional `terms`."""
+    def _sum_chunk(self, terms: Array, rests: Array | None, total: Array) -> None:
+        """Write into `total` the sum over the ranks of the one-dimensional `terms`, and of their `rests`."""
         size = self.size
         counts = np.array([terms.size // size + (r < terms.size % size) for r in range(size)])
         segments = (counts, counts.cumsum() - counts)
         own = counts[self.rank]
-        received = np.empty((size, own), dtype=terms.dtype)  # my segment, from every rank
-        self._comm.Alltoallv([terms, segments], [received, (np.full(size, own), own * np.arange(size))])
-        own_total = received[0]
-        for summand in received[1:]:
-            own_total += summand
+
+        def from_all(x: Array) -> Array:
+            received = np.empty((size, own), dtype=x.dtype)  # my segment, from every rank
+            self._comm.Alltoallv([x, segments], [received, (np.full(size, own), own * np.arange(size))])
+            return received
+
+        summands = from_all(terms)
+        if rests is None:
+            own_total = summands[0]
+            for summand in summands[1:]:
+                own_total += summand
+        else:
+            whole, left = add_up(map(torch.from_numpy, summands))
+            own_total = (whole + (left + torch.from_numpy(from_all(rests)).sum(0))).numpy()
         self._comm.Allgatherv(own_total, [total, segments])
 
     def _gather_int(self, value: int) -> np.ndarray[Any, np.dtype[np.int64]]:

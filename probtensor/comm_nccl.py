@@ -49,13 +49,14 @@ class Nccl(Comm):
         atexit.register(dist.destroy_process_group)
         self._group = dist.group.WORLD
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks."""
+    def sum(self, tensor: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Sum over the ranks; the rest is added to each rank's summand before."""
         if not self._takes(tensor):
-            return self._mpi.sum(tensor)
+            return self._mpi.sum(tensor, rest)
         self._mpi.require_agreement("sum", tensor)
         check_summable(tensor)
-        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        mine = tensor.detach() if rest is None else tensor.detach() + rest.detach()
+        total = mine.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self._group)
         return total
 

@@ -12,6 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -23,10 +24,11 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
+from probtensor.blocks import add_up
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm, Serial
 from probtensor.data import Duplicates, Observations, as_table
-from probtensor.intake import Table, Where, observe_together, row_keys, seen_labels
+from probtensor.intake import Table, Where, deal, observe_together, row_keys, seen_labels
 from probtensor.persistence import write_state
 from probtensor.predictive import Predictive
 from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
@@ -152,22 +154,23 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         self._seen = seen_labels(observed, comm)
         self.n_features_in_ = observed.order
         self.feature_names_in_ = np.array([axis.name for axis in self.axes_], dtype=object)
-        device = resolve_device(self.device)
-        values = observed.values.to(device)
+        key = row_keys(observed.positions, observed.values)
+        table = deal(Table(observed.positions, observed.values, sample_weight, noise_std, key), comm)
         self.y_mean_, self.y_scale_ = 0.0, 1.0
         if self._location_scale():
-            weight = torch.ones_like(values) if sample_weight is None else sample_weight.to(device)
-            count, total = comm.sum(torch.stack([weight.sum(), (weight * values).sum()])).tolist()
+
+            def weighted(part: Table, power: int) -> Tensor:
+                weight = torch.ones_like(part.values) if part.count is None else part.count
+                return torch.stack([weight.sum(), (weight * (part.values - self.y_mean_) ** power).sum()])
+
+            count, total = comm.sum(*add_up(weighted(part, 1) for part in table.blocks())).tolist()
             self.y_mean_ = total / count
-            scale = math.sqrt(float(comm.sum((weight * (values - self.y_mean_) ** 2).sum()[None])) / count)
+            scatter = float(comm.sum(*add_up(weighted(part, 2) for part in table.blocks()))[1])
+            scale = math.sqrt(scatter / count)
             self.y_scale_ = scale if scale > 1e-12 * abs(self.y_mean_) else 1.0
-        return Table(
-            observed.positions.to(device),
-            (values - self.y_mean_) / self.y_scale_,
-            None if sample_weight is None else sample_weight.to(device),
-            None if noise_std is None else (self.y_scale_ / noise_std.to(device)) ** 2,
-            row_keys(observed.positions, observed.values).to(device),
-        )
+        values = (table.values - self.y_mean_) / self.y_scale_
+        precision = None if table.precision is None else (self.y_scale_ / table.precision) ** 2
+        return replace(table, values=values, precision=precision).to(resolve_device(self.device))
 
     def predict(self, X: Any, return_std: bool = False) -> FloatArray | tuple[FloatArray, FloatArray]:
         """Predictive mean of y, and its standard deviation.

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from probtensor.axes import Axis, CategoricalAxis, axis_from_state
+from probtensor.blocks import block_of, number_of_blocks, scramble
 from probtensor.columns import to_cpu_array
 from probtensor.comm import Comm, Serial, refuse_together
 from probtensor.data import Duplicates, Observations
@@ -21,11 +23,11 @@ __all__ = [
     "Table",
     "Where",
     "agree_on_axes",
+    "deal",
     "observe_more",
     "observe_together",
     "row_keys",
     "row_numbers",
-    "scramble",
     "seen_after",
     "seen_labels",
 ]
@@ -45,6 +47,8 @@ class Table:
         How often each row counts; one over the known variance of its value.
     key : Tensor, shape (n,), int64
         See `row_keys`.
+    n_blocks : int
+        Blocks of the rows of all ranks; see `deal`.
     """
 
     positions: Tensor
@@ -52,12 +56,28 @@ class Table:
     count: Tensor | None
     precision: Tensor | None
     key: Tensor
+    n_blocks: int = 1
 
-    def take(self, rows: Tensor) -> "Table":
-        """Some of the rows, by a mask or by indexes."""
+    def take(self, rows: Tensor | slice) -> "Table":
+        """Some of the rows, by a mask or by indexes, in the same order."""
         count = None if self.count is None else self.count[rows]
         precision = None if self.precision is None else self.precision[rows]
-        return Table(self.positions[rows], self.values[rows], count, precision, self.key[rows])
+        return Table(self.positions[rows], self.values[rows], count, precision, self.key[rows], self.n_blocks)
+
+    def blocks(self) -> list["Table"]:
+        """The rows of each block that has some; a block without rows where none has."""
+        if self.n_blocks == 1:
+            return [self]
+        sizes = torch.bincount(block_of(self.positions, self.n_blocks)).tolist()
+        ends = [0, *accumulate(size for size in sizes if size)]
+        pairs = list(pairwise(ends)) or [(0, 0)]
+        return [self.take(slice(first, end)) for first, end in pairs]
+
+    def to(self, device: torch.device) -> "Table":
+        """The same rows on a device."""
+        count, precision = (None if x is None else x.to(device) for x in (self.count, self.precision))
+        columns = self.positions.to(device), self.values.to(device), count, precision, self.key.to(device)
+        return Table(*columns, self.n_blocks)
 
 
 class Where:
@@ -219,12 +239,35 @@ def row_keys(positions: Tensor, values: Tensor) -> Tensor:
     return (key >> 10).to(values.device)
 
 
-def scramble(numbers: Tensor) -> Tensor:
-    """Scramble int64 numbers into [0, 2^63): splitmix64 (Steele, Lea, Flood 2014)."""
-    z = numbers.numpy().astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
+def deal(table: Table, comm: Comm) -> Table:
+    """The rows in blocks: this rank's, whoever had them before.
+
+    Parameters
+    ----------
+    table : Table
+        Of this rank; in host memory.
+    comm : Comm
+
+    Returns
+    -------
+    Table
+        Its rows are in the order of blocks and keys. A rank may have none.
+    """
+    n_blocks = number_of_blocks(int(comm.sum(torch.tensor([len(table.values)]))))
+    block = block_of(table.positions, n_blocks)
+    if comm.size > 1:
+        K = table.positions.shape[1]
+        given = [x for x in (table.count, table.precision) if x is not None]
+        columns = torch.stack([*(x.double() for x in (*table.positions.T, table.key, table.values)), *given], dim=1)
+        moved = comm.exchange(columns, block * comm.size // n_blocks)
+        left = list(moved[:, K + 2 :].T)
+        count = None if table.count is None else left.pop(0)
+        precision = None if table.precision is None else left.pop(0)
+        table = Table(moved[:, :K].long(), moved[:, K + 1], count, precision, moved[:, K].long())
+        block = block_of(table.positions, n_blocks)
+    order = torch.argsort(table.key, stable=True)
+    order = order[torch.argsort(block[order], stable=True)]
+    return replace(table.take(order), n_blocks=n_blocks)
 
 
 def observe_more(table: pd.DataFrame, y: Any, axes: Sequence[Axis]) -> tuple[Observations, list[Tensor]]:

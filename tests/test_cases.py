@@ -280,7 +280,7 @@ def test_the_bound_never_falls_in_any_update(form, main_effects, n_times):
                 complete = bounds or block == model.blocks[-1]  # the bound needs every block, and its squared error
                 if complete and block != "core":
                     bounds.append(float(model.bound(state)))
-            state, rows = model.end_sweep(state, rows)
+            state, (rows,) = model.end_sweep(state, [rows])
             bounds.append(float(model.bound(state)))
     assert (np.diff(bounds) >= -1e-9 * np.abs(bounds[1:])).all()
 

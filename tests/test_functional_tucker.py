@@ -89,7 +89,7 @@ def sweeps(model: FunctionalTucker, rows: Rows, state: State, n: int) -> tuple[S
     for _ in range(n):
         for block in model.blocks:
             state = model.update(state, block, model.local_statistics(state, block, rows))
-        state, rows = model.end_sweep(state, rows)
+        state, (rows,) = model.end_sweep(state, [rows])
         bounds.append(float(model.bound(state)))
     return state, bounds
 
@@ -205,7 +205,7 @@ def test_update_of_the_core_uses_its_prior_and_all_second_moments(fitted):
 
 def test_update_of_the_noise(fitted):
     model, rows, state = fitted
-    new, _ = model.end_sweep(state, rows)
+    new, _ = model.end_sweep(state, [rows])
     error = squared_error(*dense_core(model, state), *dense_moments(state), *rows[:2])
     assert float(new.noise.shape) == pytest.approx(1.3 + 14 / 2)
     assert float(new.noise.rate) == pytest.approx(0.8 + error / 2, rel=1e-10)
@@ -565,7 +565,7 @@ def test_a_row_of_weight_two_is_the_row_twice(likelihood: Likelihood | None, for
 
     def table(rows: Tensor, weights: Tensor | None) -> Rows:
         given = Table(make_rows(2, 30).positions.T[rows], y[rows], weights, None, rows)
-        return table_rows(model, given)[0]
+        return table_rows(model, given)[0][0]
 
     ends = []
     for given in (table(torch.arange(30), count), table(again, None)):
@@ -586,7 +586,7 @@ def test_known_errors_give_the_posterior_of_a_dense_gaussian_process():
     at = torch.tensor([0, 0, 3, 4, 4, 2, 0])  # nothing at coordinate 1
     y, std = torch.randn(7, generator=generator, dtype=F64), 0.1 + torch.rand(7, generator=generator, dtype=F64)
     given = Table(at[:, None], y, None, 1 / std**2, torch.arange(7))
-    rows, state = begun(model, table_rows(model, given)[0])
+    rows, state = begun(model, table_rows(model, given)[0][0])
     state, bounds = sweeps(model, rows, state, 2)
     prior = mode_prior(model, state, 0).reshape(5, 5)
     cross, gram = prior[:, at], prior[at][:, at] + torch.diag(std**2)

@@ -1,5 +1,7 @@
 """The optimiser of the hyperparameters: never downhill, inside its bounds."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,13 +73,14 @@ def test_the_sum_over_ranks_is_what_rises():
     def mine(x: Tensor) -> Tensor:
         return -((x + 1) ** 2).sum()
 
-    def total(found: Tensor) -> Tensor:
+    def total(parts: Iterable[Tensor]) -> Tensor:
         # The other rank's value and gradient where this one was asked: -3 (x - 3)^2.
+        (found,) = parts
         x = -found[1:] / 2 - 1
         others.append(found.dtype)
         return found + torch.cat([-3 * ((x - 3) ** 2).sum()[None], -6 * (x - 3)])
 
-    end = maximize(mine, f64([0.0, 5.0]), WIDE, 50, total)
+    end = maximize(lambda x, part: mine(x), f64([0.0, 5.0]), WIDE, 50, [None], total)
     assert close(end, f64([2.0, 2.0]), 1e-6)
     assert close(maximize(mine, f64([0.0, 5.0]), WIDE, 50), f64([-1.0, -1.0]), 1e-6)
     assert set(others) == {F64}
@@ -85,11 +88,25 @@ def test_the_sum_over_ranks_is_what_rises():
 
 def test_one_rank_is_the_sum_over_one():
     start = f64([-1.0, 2.0])
-    assert torch.equal(maximize(rosenbrock, start, WIDE, 7, lambda x: x), maximize(rosenbrock, start, WIDE, 7))
+    assert torch.equal(
+        maximize(lambda x, part: rosenbrock(x), start, WIDE, 7, [None], sum), maximize(rosenbrock, start, WIDE, 7)
+    )
+
+
+def test_an_objective_over_parts_is_their_sum():
+    parts = [f64([1.0, 2.0]), f64([3.0, -4.0]), f64([-1.0, 5.0])]
+    end = maximize(lambda x, part: -((x - part) ** 2).sum(), f64([0.0, 0.0]), WIDE, 50, parts)
+    assert close(end, f64([1.0, 1.0]), 1e-6)
 
 
 def test_value_and_gradient_of_single_precision_are_summed_in_double():
     seen = []
     start = torch.full((2,), 0.5)
-    maximize(lambda x: -((x - 1) ** 2).sum(), start, WIDE.float(), 3, lambda x: seen.append(x.dtype) or x)
+
+    def total(parts: Iterable[Tensor]) -> Tensor:
+        (found,) = parts
+        seen.append(found.dtype)
+        return found
+
+    maximize(lambda x, part: -((x - part) ** 2).sum(), start, WIDE.float(), 3, [1.0], total)
     assert set(seen) == {F64}

@@ -44,8 +44,8 @@ class Toy:
     def begin(self, state: ToyState, rows: Tensor) -> Tensor:
         return rows
 
-    def end_sweep(self, state: ToyState, rows: Tensor, total) -> tuple[ToyState, Tensor]:
-        return state._replace(sweeps=state.sweeps + 1, trace=(*state.trace, "end")), rows
+    def end_sweep(self, state: ToyState, parts: list[Tensor], total) -> tuple[ToyState, list[Tensor]]:
+        return state._replace(sweeps=state.sweeps + 1, trace=(*state.trace, "end")), parts
 
     def bound(self, state: ToyState) -> Tensor:
         self.states.append(state)
@@ -61,7 +61,7 @@ class Counting(Comm):
         self.rank = rank
         self.sums = 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, rest: Tensor | None = None) -> Tensor:
         self.sums += 1
         return tensor
 
@@ -78,7 +78,9 @@ class Counting(Comm):
 def start(model: Toy, *, rows=(1.0, 2.0), comm: Comm | None = None, **options):
     settings = {"max_iter": 50, "tol": 1e-3, "scale": 1.0, "progress": False} | options
     comm = Serial() if comm is None else comm
-    return run(model, torch.tensor(rows, dtype=F64), comm=comm, generator=torch.Generator().manual_seed(0), **settings)
+    return run(
+        model, [torch.tensor(rows, dtype=F64)], comm=comm, generator=torch.Generator().manual_seed(0), **settings
+    )
 
 
 def geometric(trial: int, sweeps: int) -> float:
@@ -208,9 +210,10 @@ class Renewing(Toy):
         self.began = [*getattr(self, "began", []), state.trial]
         return rows + 100.0
 
-    def end_sweep(self, state: ToyState, rows: Tensor, total) -> tuple[ToyState, Tensor]:
-        state, rows = super().end_sweep(state, rows, total)
-        return state._replace(trace=(*state.trace, f"total {float(total(rows.sum()))}")), rows + 1.0
+    def end_sweep(self, state: ToyState, parts: list[Tensor], total) -> tuple[ToyState, list[Tensor]]:
+        state, parts = super().end_sweep(state, parts, total)
+        said = float(total(rows.sum() for rows in parts))
+        return state._replace(trace=(*state.trace, f"total {said}")), [rows + 1.0 for rows in parts]
 
 
 def test_rows_go_from_one_sweep_to_the_next():

@@ -42,7 +42,7 @@ def swept(model: FunctionalTucker, rows: Rows, n: int = 3) -> State:
     for _ in range(n):
         for block in model.blocks:
             state = model.update(state, block, model.local_statistics(state, block, rows))
-        state, rows = model.end_sweep(state, rows)
+        state, (rows,) = model.end_sweep(state, [rows])
     return state
 
 
@@ -59,7 +59,7 @@ CASES = [(K, effects) for K in (1, 2, 3) for effects in ((False, True) if K > 1 
 def test_contributions_are_root_mean_squares_over_the_rows(K: int, main_effects: bool):
     model, rows = build("cp", K, 3, main_effects=main_effects), make_rows(K, 17)
     state = swept(model, rows)
-    found = contributions(model, state, rows, Serial())
+    found = contributions(model, state, [rows], Serial())
     expected = f64([math.sqrt(sum(squares(state, rows, r)) / 17) for r in range(3)])
     assert close(found, expected, 1e-12)
 
@@ -72,13 +72,13 @@ class TwoRanks(Comm):
     def __init__(self, other: Tensor) -> None:
         self.other = other
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, rest: Tensor | None = None) -> Tensor:
         return tensor + self.other
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
         raise AssertionError("contributions are summed, and nothing else")
 
-    gather_bytes = exchange = barrier = abort = broadcast
+    gather_bytes = exchange_bytes = barrier = abort = broadcast
 
 
 def test_contributions_are_over_the_rows_of_all_ranks():
@@ -86,25 +86,27 @@ def test_contributions_are_over_the_rows_of_all_ranks():
     state = swept(model, rows)
     mine, other = (Rows(rows.positions[:, s], rows.values[s]) for s in (slice(0, 13), slice(13, 20)))
     sums = f64([*(sum(squares(state, other, r)) for r in range(2)), 7.0])
-    assert close(contributions(model, state, mine, TwoRanks(sums)), contributions(model, state, rows, Serial()), 1e-12)
+    assert close(
+        contributions(model, state, [mine], TwoRanks(sums)), contributions(model, state, [rows], Serial()), 1e-12
+    )
 
 
 def test_contributions_add_up_over_chunks_and_need_no_row(monkeypatch: pytest.MonkeyPatch):
     model, rows = build("cp", 3, 2, main_effects=True), make_rows(3, 50)
     state = swept(model, rows)
-    whole = contributions(model, state, rows, Serial())
+    whole = contributions(model, state, [rows], Serial())
     monkeypatch.setattr("probtensor.models.functional_tucker.CHUNK", 1)
-    assert close(contributions(model, state, rows, Serial()), whole, 1e-12)
+    assert close(contributions(model, state, [rows], Serial()), whole, 1e-12)
     none = Rows(rows.positions[:, :0], rows.values[:0])
     sums = f64([1.0, 4.0, 4.0])
-    assert contributions(model, state, none, TwoRanks(sums)).tolist() == [0.5, 1.0]
+    assert contributions(model, state, [none], TwoRanks(sums)).tolist() == [0.5, 1.0]
 
 
 def test_tucker_has_no_contributions_and_is_not_pruned():
     model, rows = build("tucker", 2, 2, main_effects=True), make_rows(2, 20)
     state = swept(model, rows)
-    assert contributions(model, state, rows, Serial()).shape == (0,)
-    assert prune(model, state, rows, Serial(), 1e9) == (model, state)
+    assert contributions(model, state, [rows], Serial()).shape == (0,)
+    assert prune(model, state, [rows], Serial(), 1e9) == (model, state)
 
 
 def test_main_effects_are_no_interactions():
@@ -133,19 +135,19 @@ def silenced(state: State, model: FunctionalTucker, columns: list[int], size: fl
 def test_pruning_keeps_the_predictions_at_the_rows(K: int, main_effects: bool):
     model, rows = build("cp", K, 4, main_effects=main_effects), make_rows(K, 30)
     state = silenced(swept(model, rows), model, [0, 2], 1e-9)
-    smaller, pruned = prune(model, state, rows, Serial(), 1e-3)
+    smaller, pruned = prune(model, state, [rows], Serial(), 1e-3)
     assert smaller.ranks == tuple(rank - 2 for rank in model.ranks)
     assert [free.tolist() for free in smaller.free] == [free[[1, *range(3, len(free))]].tolist() for free in model.free]
     for a, b in zip(smaller.at_rows(pruned, rows), model.at_rows(state, rows), strict=True):
         assert close(a, b, 1e-7)
-    strength = contributions(model, state, rows, Serial())
-    assert close(contributions(smaller, pruned, rows, Serial()), strength[[1, 3]], 1e-12)
+    strength = contributions(model, state, [rows], Serial())
+    assert close(contributions(smaller, pruned, [rows], Serial()), strength[[1, 3]], 1e-12)
 
 
 def test_pruned_sites_and_hyperparameters_are_those_of_the_kept_functions():
     model, rows = build("cp", 2, 3, main_effects=True), make_rows(2, 30)
     state = silenced(swept(model, rows), model, [1], 1e-9)
-    smaller, pruned = prune(model, state, rows, Serial(), 1e-3)
+    smaller, pruned = prune(model, state, [rows], Serial(), 1e-3)
     for mode, (old, new) in enumerate(zip(state.factors, pruned.factors, strict=True)):
         kept = torch.tensor([0, 2, 3])  # of the latent functions: two interactions and the mode's own effect
         assert torch.equal(new.sites.precision, old.sites.precision[:, kept][:, :, kept])
@@ -160,8 +162,8 @@ def test_pruned_sites_and_hyperparameters_are_those_of_the_kept_functions():
 def test_the_strongest_stays_where_all_are_weak(main_effects: bool):
     model, rows = build("cp", 2, 3, main_effects=main_effects), make_rows(2, 30)
     state = swept(model, rows)
-    strongest = int(contributions(model, state, rows, Serial()).argmax())
-    smaller, pruned = prune(model, state, rows, Serial(), 1e9)
+    strongest = int(contributions(model, state, [rows], Serial()).argmax())
+    smaller, pruned = prune(model, state, [rows], Serial(), 1e9)
     assert int(interactions(smaller).sum()) == 1
     assert torch.equal(pruned.factors[0].mean[:, 0], state.factors[0].mean[:, strongest])
     if main_effects:
@@ -172,20 +174,20 @@ def test_the_strongest_stays_where_all_are_weak(main_effects: bool):
 def test_nothing_weak_is_nothing_dropped(below: float):
     model, rows = build("cp", 2, 3, main_effects=True), make_rows(2, 30)
     state = swept(model, rows)
-    smaller, pruned = prune(model, state, rows, Serial(), below)
+    smaller, pruned = prune(model, state, [rows], Serial(), below)
     assert smaller is model
     assert pruned is state
 
 
 def test_a_pruned_model_goes_on_and_its_bound_does_not_fall():
     model, rows = build("cp", 2, 4, main_effects=True), make_rows(2, 60)
-    smaller, state = prune(model, silenced(swept(model, rows, 6), model, [3], 1e-9), rows, Serial(), 1e-3)
+    smaller, state = prune(model, silenced(swept(model, rows, 6), model, [3], 1e-9), [rows], Serial(), 1e-3)
     bounds = []
     with torch.no_grad():
         for _ in range(6):
             for block in smaller.blocks:
                 state = smaller.update(state, block, smaller.local_statistics(state, block, rows))
-            state, _ = smaller.end_sweep(state, rows)
+            state, _ = smaller.end_sweep(state, [rows])
             bounds.append(float(smaller.bound(state)))
     assert all(b >= a - 1e-9 * abs(b) for a, b in itertools.pairwise(bounds))
 
@@ -229,7 +231,7 @@ def test_pruning_needs_no_gradient_and_leaves_its_arguments_alone():
     model, rows = build("cp", 2, 3, main_effects=True), make_rows(2, 30)
     state = silenced(swept(model, rows), model, [1], 1e-9)
     before = [x.clone() for factor in state.factors for x in (factor.mean, factor.second, *factor.sites)]
-    smaller, _ = prune(model, state, rows, Serial(), 1e-3)
+    smaller, _ = prune(model, state, [rows], Serial(), 1e-3)
     after = [x for factor in state.factors for x in (factor.mean, factor.second, *factor.sites)]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert model.ranks != smaller.ranks

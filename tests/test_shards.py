@@ -42,7 +42,7 @@ class Thread(Comm):
         self._barrier.wait(20)
         return result
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, rest: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:

@@ -71,7 +71,7 @@ def check(form: str, comm: Comm, seed: int) -> None:
         expected = [*alone.predict(new, return_std=True), *alone.factor("time"), *alone.main_effect("cell")]
         expected += [np.array(alone.bound_history_), np.array([alone.y_mean_, alone.y_scale_, alone.noise_std_])]
         for x, right in zip(results, expected, strict=True):
-            np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
+            np.testing.assert_array_equal(x, right)
 
 
 def check_likelihood(kind: str, comm: Comm, *, weights: bool = False) -> None:
@@ -108,7 +108,7 @@ def check_likelihood(kind: str, comm: Comm, *, weights: bool = False) -> None:
     assert len(set(comm.gather_bytes(b"".join(x.tobytes() for x in found)))) == 1, f"the ranks disagree: {kind}"
     if comm.is_root:
         for x, right in zip(found, results(fitted(np.arange(MANY), Serial())), strict=True):
-            np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
+            np.testing.assert_array_equal(x, right)
 
 
 def check_seeds(comm: Comm) -> None:
@@ -121,7 +121,7 @@ def check_seeds(comm: Comm) -> None:
         assert len(set(comm.gather_bytes(model.predict(X).tobytes()))) == 1
         if comm.is_root and isinstance(seed, int):  # the first sums mix several starts unless all ranks share one
             alone = fit(FunBaT(form="cp", **settings), X, y, Serial())
-            np.testing.assert_allclose(model.predict(X), alone.predict(X), rtol=1e-9)
+            np.testing.assert_array_equal(model.predict(X), alone.predict(X))
 
 
 def check_refusal(comm: Comm) -> None:
@@ -152,7 +152,7 @@ def check_more_ranks_than_rows(comm: Comm) -> None:
     if comm.is_root:
         alone = fit(FunBaT(**SETTINGS), X, y, Serial())
         for x, right in zip(model.predict(X, return_std=True), alone.predict(X, return_std=True), strict=True):
-            np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
+            np.testing.assert_array_equal(x, right)
 
 
 def check_air_quality(comm: Comm, file: str) -> None:
@@ -169,7 +169,7 @@ def check_air_quality(comm: Comm, file: str) -> None:
                 [*m.predict(X[::50], return_std=True), np.array(m.bound_history_)] for m in (model, alone)
             )
             for x, right in zip(found, expected, strict=True):
-                np.testing.assert_allclose(x, right, rtol=1e-9, atol=1e-9)
+                np.testing.assert_array_equal(x, right)
 
 
 def main() -> None:
