@@ -207,13 +207,18 @@ def _calibrate(
     model: FunctionalTucker, state: State, observation: Observation, held: Table, comm: Comm
 ) -> tuple[ScaleMixture, ...]:
     """Scale mixtures of the held-out residuals of all ranks: one, or one each for new and for seen cells."""
-    mean, variance = model.at_rows(state, Rows(held.positions.T.contiguous(), held.values))
-    residual = observation.residual(held.positions if observation.seen is not None else None, mean)
-    location, latent, noise = observation.moments(mean, variance, residual)
-    columns = [held.key.to(mean), held.values - location, latent, noise, (residual.cell >= 0).to(mean)]
-    mine = torch.stack(columns, dim=1).cpu()
+
+    def missed(part: Table) -> Tensor:
+        mean, variance = model.at_rows(state, Rows(part.positions.T.contiguous(), part.values))
+        residual = observation.residual(part.positions if observation.seen is not None else None, mean)
+        location, latent, noise = observation.moments(mean, variance, residual)
+        return torch.stack(
+            [part.key.to(mean), part.values - location, latent, noise, (residual.cell >= 0).to(mean)], dim=1
+        )
+
+    mine = torch.cat([missed(part) for part in held.blocks()]).cpu()
     parts = [np.frombuffer(data, dtype=np.float64) for data in comm.gather_bytes(mine.numpy().tobytes())]
-    rows = torch.from_numpy(np.concatenate(parts).reshape(-1, len(columns)))
+    rows = torch.from_numpy(np.concatenate(parts).reshape(-1, mine.shape[1]))
     rows = rows[torch.argsort(rows[:, 0])]
     known = rows[:, 4] > 0
     kinds = [rows[~known], rows[known]]
