@@ -15,9 +15,10 @@ from sklearn.exceptions import ConvergenceWarning
 import probtensor as pt
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
 from benchmarks.ranks import rank_lines
-from benchmarks.scale import scale_lines, sum_of
+from benchmarks.scale import scale_lines
 from benchmarks.splits import count_references, count_table, funbat, funbat_counts, reference_methods, table
 from probtensor import plotting
+from probtensor.blocks import total_here
 from probtensor.comm import Serial
 from probtensor.demo import split_rows
 from probtensor.inference import kalman
@@ -181,7 +182,7 @@ def sweep(data: Data, n_sweeps: int = 30, threads: int = 1, out: Out = None) -> 
             for _ in range(n_sweeps):
                 wall, cpu = time.perf_counter(), time.process_time()
                 for block in model._model.blocks:
-                    sums = sum_of(model._model.local_statistics(state, block, rows) for rows in parts)
+                    sums = total_here(model._model.local_statistics(state, block, rows) for rows in parts)
                     state = model._model.update(state, block, sums)
                 state, parts = model._model.end_sweep(state, parts)
                 float(model._model.bound(state))

@@ -2,13 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from probtensor.blocks import add_up, number_of_blocks
-from probtensor.comm import Serial
+from probtensor.blocks import number_of_blocks, total_here
 from probtensor.contract import packed_size
 from probtensor.gaussian import Gamma
 from probtensor.kernels import Matern
@@ -17,7 +15,7 @@ from probtensor.models.functional_table import in_groups
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import GaussianProcess
 
-__all__ = ["now", "random_rows", "scale_lines", "scale_model", "sum_of"]
+__all__ = ["now", "random_rows", "scale_lines", "scale_model"]
 
 
 def scale_lines(
@@ -44,7 +42,7 @@ def scale_lines(
     ]
     for n in sizes:
         parts = random_rows(model, n, coordinates, dtype, device)
-        state = model.start(sum_of(map(model.local_start, parts)), torch.Generator().manual_seed(0))
+        state = model.start(total_here(map(model.local_start, parts)), torch.Generator().manual_seed(0))
         whole, sums = [], []
         for _ in range(repeats + 1):
             taken, state = _sweep(model, state, parts)
@@ -81,18 +79,13 @@ def random_rows(
     return [Rows(where.contiguous(), y) for where, y in pairs]
 
 
-def sum_of(parts: Iterable[Tensor]) -> Tensor:
-    """As one rank adds them up."""
-    return Serial().sum(*add_up(parts))
-
-
 @torch.no_grad()
 def _sweep(model: FunctionalTucker, state: State, parts: list[Rows]) -> tuple[tuple[float, float], State]:
     """Seconds of a sweep, and of its sums over rows; the state after it."""
     start, of_it = now(parts), 0.0
     for block in model.blocks:
         before = now(parts)
-        total = sum_of(model.local_statistics(state, block, rows) for rows in parts)
+        total = total_here(model.local_statistics(state, block, rows) for rows in parts)
         of_it += now(parts) - before
         state = model.update(state, block, total)
     state, _ = model.end_sweep(state, parts)

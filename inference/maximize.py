@@ -1,12 +1,14 @@
 """Maximise a smooth function of a few bounded parameters, by SciPy's L-BFGS-B on autograd's gradient."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+
+from probtensor.blocks import Total, total_here
 
 __all__ = ["maximize"]
 
@@ -17,7 +19,7 @@ def maximize(
     bounds: Tensor,
     max_iter: int,
     parts: Sequence[Any] | None = None,
-    total: Callable[[Iterable[Tensor]], Tensor] = sum,  # type: ignore[assignment]
+    total: Total = total_here,
 ) -> Tensor:
     """A few steps uphill; the value at the result is never below that at `start`.
 

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from tqdm import tqdm
 
-from probtensor.blocks import add_up
+from probtensor.blocks import Total, add_up
 from probtensor.comm import Comm
 
 __all__ = ["MessagePassingModel", "Progress", "Result", "run"]
@@ -59,9 +59,7 @@ class MessagePassingModel(Protocol[StateT, RowsT, BlockT]):
         """The state with one block at its optimum."""
         ...
 
-    def end_sweep(
-        self, state: StateT, parts: Sequence[RowsT], total: Callable[[Iterable[Tensor]], Tensor]
-    ) -> tuple[StateT, list[RowsT]]:
+    def end_sweep(self, state: StateT, parts: Sequence[RowsT], total: Total) -> tuple[StateT, list[RowsT]]:
         """State and rows after the last block; `total` sums what belongs to the parts, over all ranks."""
         ...
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from probtensor.gaussian import Gamma, Gaussian
 from probtensor.inference.kalman import Posterior, Sites
-from probtensor.likelihoods import Entries
+from probtensor.likelihoods import Entries, Likelihood
 from probtensor.models.latent_functions import Given
 
 if TYPE_CHECKING:
     from probtensor.contract_cuda import Grouped
 
-__all__ = ["Block", "Factor", "Past", "Rows", "State"]
+__all__ = ["Block", "Factor", "Past", "Rows", "State", "expected_log_prob"]
 
 Block = int | Literal["core"]
 
@@ -131,3 +131,10 @@ class State(NamedTuple):
     log_parameters: Tensor
     expected: Tensor | None = None
     past: Past | None = None
+
+
+def expected_log_prob(likelihood: Likelihood, log_parameters: Tensor, part: tuple[Rows, Tensor, Tensor]) -> Tensor:
+    """``sum_n E log p(y_n | f_n)`` of some rows, a scalar, from the moments (n,) of ``f`` there."""
+    rows, mean, variance = part
+    assert rows.entries is not None
+    return likelihood.expected_log_prob(log_parameters, rows.entries, mean, variance).sum()

@@ -24,13 +24,14 @@ ICLR, section 4. Differences: the core has a prior and its covariance is used; r
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from probtensor.blocks import Total, total_here
 from probtensor.contract import (
     CP,
     Structure,
@@ -48,7 +49,7 @@ from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
 from probtensor.likelihoods import Likelihood, StudentT
 from probtensor.models.functional_start import local_start, no_sites, start_columns
-from probtensor.models.functional_state import Block, Factor, Rows, State
+from probtensor.models.functional_state import Block, Factor, Rows, State, expected_log_prob
 from probtensor.models.latent_functions import GaussianProcess, Given, LatentFunctions, Moments, log_variance_prior
 
 __all__ = ["FunctionalTucker"]
@@ -224,12 +225,7 @@ class FunctionalTucker:
         factors = (*state.factors[:block], factor, *state.factors[block + 1 :])
         return state._replace(factors=factors, squared_error=error.clamp(min=0))
 
-    def end_sweep(
-        self,
-        state: State,
-        parts: Sequence[Rows],
-        total: Callable[[Iterable[Tensor]], Tensor] = sum,  # type: ignore[assignment]
-    ) -> tuple[State, list[Rows]]:
+    def end_sweep(self, state: State, parts: Sequence[Rows], total: Total = total_here) -> tuple[State, list[Rows]]:
         """Update the noise, or the likelihood's parameters and all rows' Gaussian factors; count the sweep."""
         if self.likelihood is None:
             noise = state.noise
@@ -247,20 +243,17 @@ class FunctionalTucker:
         if state.sweep >= WARM_UP and state.past is None:
             parameters = self.fitted_parameters(state, seen, total)
         likelihood = self.likelihood_at(state.sweep)
-        expected = total(_expected(likelihood, parameters, part)[None] for part in seen)[0]
+        expected = total(expected_log_prob(likelihood, parameters, part)[None] for part in seen)[0]
         renewed = [self._with_sites(rows, state.sweep, parameters, mean, variance) for rows, mean, variance in seen]
         return state._replace(log_parameters=parameters, expected=expected, sweep=state.sweep + 1), renewed
 
-    def fitted_parameters(
-        self, state: State, seen: Sequence[tuple[Rows, Tensor, Tensor]], total: Callable[[Iterable[Tensor]], Tensor]
-    ) -> Tensor:
+    def fitted_parameters(self, state: State, seen: Sequence[tuple[Rows, Tensor, Tensor]], total: Total) -> Tensor:
         """The likelihood's parameters after some steps uphill, given the moments of ``f`` at the rows."""
         likelihood, start = self.likelihood_at(state.sweep), state.log_parameters
         if not len(start):
             return start
-        return maximize(
-            lambda p, part: _expected(likelihood, p, part), start, likelihood.bounds(start), LEARN_STEPS, seen, total
-        )
+        bounds = likelihood.bounds(start)
+        return maximize(lambda p, part: expected_log_prob(likelihood, p, part), start, bounds, LEARN_STEPS, seen, total)
 
     def at_rows(self, state: State, rows: Rows) -> tuple[Tensor, Tensor]:
         """Mean and variance (n,) of ``f``, offset included, at the rows."""
@@ -451,10 +444,3 @@ class FunctionalTucker:
         width = math.prod(packed) // min(packed) if self.form == "tucker" else packed[0]
         n, step = like.shape[0], max((GPU_CHUNK if like.is_cuda else CHUNK) // width, 1)
         return (slice(first, first + step) for first in range(0, max(n, 1), step))
-
-
-def _expected(likelihood: Likelihood, log_parameters: Tensor, part: tuple[Rows, Tensor, Tensor]) -> Tensor:
-    """``E log p`` of a part's rows, a scalar, from the moments of ``f`` there."""
-    rows, mean, variance = part
-    assert rows.entries is not None
-    return likelihood.expected_log_prob(log_parameters, rows.entries, mean, variance).sum()

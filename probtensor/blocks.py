@@ -11,13 +11,15 @@ References
 Ogita, Rump, Oishi (2005), "Accurate sum and dot product", SIAM Journal on Scientific Computing, algorithm 4.4.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["add_up", "block_of", "number_of_blocks", "scramble"]
+__all__ = ["Total", "add_up", "block_of", "number_of_blocks", "scramble", "total_here"]
+
+Total = Callable[[Iterable[Tensor]], Tensor]  # a sum over parts, here or on all ranks
 
 ROWS = 2**11  # of a block of a small table: fewer, and adding blocks up takes longer than the rows do
 FEW, MANY = 2**6, 2**12  # blocks of tables up to 4 million rows, and at most
@@ -63,6 +65,12 @@ def add_up(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     if total is None:
         raise ValueError("parts: expected at least one, got none")
     return total, rest
+
+
+def total_here(parts: Iterable[Tensor]) -> Tensor:
+    """Sum of tensors of one shape, rounded once: a `Total` without other ranks."""
+    total, rest = add_up(parts)
+    return total + rest
 
 
 def scramble(numbers: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from mpi4py import MPI
 
 import probtensor.comm_mpi as comm_module
+from probtensor.blocks import add_up
 from probtensor.comm import Serial, abort_on_error, world
 from probtensor.comm_mpi import Mpi
 from probtensor.comm_nccl import Nccl
@@ -40,6 +41,14 @@ def check_sum(comm: Mpi, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(total, expected), (shape, dtype, total, expected)
     bits = comm.gather_bytes(total.numpy().tobytes())
     assert len(set(bits)) == 1, f"the ranks disagree on the sum of {shape} {dtype}"
+
+
+def check_sum_with_rest(comm: Mpi) -> None:
+    """The same bits however many parts each rank has added up before."""
+    parts = [held_by(number, (1001,), torch.float64) for number in range(40)]
+    expected = Serial().sum(*add_up(parts))
+    mine = parts[comm.rank :: comm.size] if comm.rank else [*parts[:: comm.size], torch.zeros(1001).double()]
+    assert torch.equal(comm.sum(*add_up(mine)), expected)
 
 
 def check_broadcast(comm: Mpi, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -180,6 +189,7 @@ def main() -> None:
             mine = torch.full((5,), comm.rank + 1).to(dtype)
             assert torch.equal(comm.broadcast(mine, size - 1), torch.full((5,), size).to(dtype))
         check_exchange_bytes(comm)
+        check_sum_with_rest(comm)
         check_strided_and_differentiable(comm)
         if size > 1:
             check_torch_distributed(Nccl(comm, backend="gloo"))

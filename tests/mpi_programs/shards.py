@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from mpi4py import MPI
 
-from probtensor.comm import Comm, Mpi, abort_on_error, world
+from probtensor.comm import Comm, abort_on_error, world
+from probtensor.comm_mpi import Mpi
 from probtensor.readers import read_table
 from probtensor.shards import read_shard
 
