@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from probtensor.blocks import add_up
 from probtensor.comm import Comm, Serial, world
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_tucker import FunctionalTucker
+from probtensor.resources import keep_freed_memory
 
 __all__ = ["rank_lines"]
 
@@ -37,7 +37,7 @@ def rank_lines(launcher: Sequence[str], ranks: Sequence[int], sizes: Sequence[in
             job = json.dumps({"rows": N} | options)
             start = [*launcher, "-n", str(P)] if P > 1 else []
             done = subprocess.run(
-                [*start, sys.executable, str(Path(__file__)), job], capture_output=True, text=True, check=False
+                [*start, sys.executable, "-m", "benchmarks.ranks", job], capture_output=True, text=True, check=False
             )
             if done.returncode:
                 raise RuntimeError(f"{P} ranks, {N} rows: {done.stderr}")
@@ -62,6 +62,7 @@ def rank_lines(launcher: Sequence[str], ranks: Sequence[int], sizes: Sequence[in
 def main() -> None:
     """One job: this rank's share of the rows, timed."""
     job = json.loads(sys.argv[1])
+    keep_freed_memory()
     comm = world()
     dtype = {"float32": torch.float32, "float64": torch.float64}[job["dtype"]]
     model = scale_model(job["device"], job["rank"], job["coordinates"], dtype)

@@ -14,6 +14,7 @@ from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_table import in_groups
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import GaussianProcess
+from probtensor.resources import keep_freed_memory
 
 __all__ = ["now", "random_rows", "scale_lines", "scale_model"]
 
@@ -26,6 +27,7 @@ def scale_lines(
     Two floors, from the bandwidth of a copy on the same device: every number of the rows read once a mode; and with
     it the other modes' moments, once a row, as if no cache helped.
     """
+    keep_freed_memory()  # as every fit does
     model = scale_model(device, rank, coordinates, dtype)
     speed = _bandwidth(device)
     item = torch.finfo(dtype).bits // 8

@@ -54,7 +54,7 @@ from probtensor.models.latent_functions import GaussianProcess, Given, LatentFun
 
 __all__ = ["FunctionalTucker"]
 
-CHUNK = 2**18  # numbers in the largest temporary of one chunk of rows: several of these stay in a core's cache
+CHUNK = 2**16  # numbers a thread in the largest temporary of one chunk of rows: several stay in a core's own cache
 GPU_CHUNK = 2**26  # there, each chunk costs launches
 WARM_UP = 4  # sweeps before noise and hyperparameters move, so that no start is explained away as noise
 LEARN_EVERY = 2  # sweeps from one step of the hyperparameters to the next
@@ -337,7 +337,7 @@ class FunctionalTucker:
         factor = state.factors[mode]
         f, rank = self.functions[mode], factor.log_hyperparameters.shape[1]
         width = (f.state_size(rank) if isinstance(f, GaussianProcess) else rank) ** 2
-        step = max((GPU_CHUNK if where.is_cuda else CHUNK) // width, 1)
+        step = max(_chunk(where) // width, 1)
         parts = [
             f.at(factor.log_hyperparameters, factor.sites, factor.posterior, where[a : a + step])
             for a in range(0, max(len(where), 1), step)
@@ -442,5 +442,9 @@ class FunctionalTucker:
         """Slices of the rows of a tensor (n,), each small enough for its largest temporary."""
         packed = [packed_size(r) for r in self.ranks]
         width = math.prod(packed) // min(packed) if self.form == "tucker" else packed[0]
-        n, step = like.shape[0], max((GPU_CHUNK if like.is_cuda else CHUNK) // width, 1)
+        n, step = like.shape[0], max(_chunk(like) // width, 1)
         return (slice(first, first + step) for first in range(0, max(n, 1), step))
+
+
+def _chunk(like: Tensor) -> int:
+    return GPU_CHUNK if like.is_cuda else CHUNK * torch.get_num_threads()
