@@ -155,7 +155,7 @@ def infer_axis(column: npt.ArrayLike, name: str | None) -> Axis:
     Examples
     --------
     >>> infer_axis([0.5, 1.5], "dose"), infer_axis(["a", "b"], "cell")
-    (ContinuousAxis(name='dose', kernel=Matern(nu=1.5)), CategoricalAxis(name='cell'))
+    (ContinuousAxis(name='dose', kernel=Matern(nu=1.5) + White()), CategoricalAxis(name='cell'))
     """
     kind = ptypes.infer_dtype(as_series(column, name), skipna=True)
     if kind in _CONTINUOUS:
