@@ -1,4 +1,4 @@
-"""Sweeps on several MPI ranks: their time, and what the cost model of docs/scaling.md says of it.
+"""Sweeps on several MPI ranks: their time, and what the cost model of docs/ranks/cost.md says of it.
 
 Run by ``python -m benchmarks ranks``, which starts this file under the launcher for each number of ranks.
 """
