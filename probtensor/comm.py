@@ -217,12 +217,12 @@ def world() -> Comm:
         )
     _end_job_on_uncaught(comm)
     _share_cores(comm, comm.node_size)
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if b"no" in comm.gather_bytes(b"yes" if comm.node_size <= n_gpus else b"no"):
+    gpu = _own_gpu(comm, comm.node_rank, comm.node_size)
+    if gpu is None:
         return comm
     from probtensor.comm_nccl import Nccl
 
-    torch.cuda.set_device(comm.node_rank)
+    torch.cuda.set_device(gpu)
     return Nccl(comm)
 
 
@@ -296,6 +296,18 @@ def _end_job_on_uncaught(comm: Comm) -> None:
         _end_job(comm, "".join(traceback.format_exception(kind, error, trace)), 1)
 
     sys.excepthook = hook
+
+
+def _own_gpu(comm: Comm, node_rank: int, node_size: int) -> int | None:
+    """Index of the GPU of this rank, where each rank has one of its own; else None, on all ranks.
+
+    A rank sees all GPUs of its machine and takes that of its number, or only the one that the launcher gave it.
+    """
+    n_visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mine = node_rank if n_visible >= node_size else 0
+    taken = str(torch.cuda.get_device_properties(mine).uuid) if n_visible else ""
+    all_taken = comm.gather_bytes(taken.encode())
+    return mine if b"" not in all_taken and len(set(all_taken)) == comm.size else None
 
 
 def _share_cores(comm: Comm, n_here: int) -> None:

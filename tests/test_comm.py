@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import pytest
 import torch
 
-from probtensor.comm import Comm, Serial, abort_on_error, world
+from probtensor.comm import Comm, Serial, _own_gpu, abort_on_error, world
 
 if TYPE_CHECKING:
     from tests.conftest import RunMpi
@@ -174,3 +175,48 @@ def test_an_exception_that_nothing_catches_ends_the_job(run_mpi: RunMpi) -> None
     assert "rank 1 of 3 failed, ending the job" in result.stderr
     assert "ArithmeticError: nobody catches this" in result.stderr
     assert time.monotonic() - started < 30
+
+
+class Visible(NamedTuple):
+    """What a rank sees of its machine's GPUs."""
+
+    uuids: tuple[str, ...]
+    rank: int
+    node_rank: int
+    node_size: int
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([Visible(("a", "b"), 0, 0, 2), Visible(("a", "b"), 1, 1, 2)], [0, 1]),  # all see all
+        ([Visible(("a",), 0, 0, 2), Visible(("b",), 1, 1, 2)], [0, 0]),  # each sees its own
+        ([Visible(("a",), 0, 0, 2), Visible(("a",), 1, 1, 2)], [None, None]),  # two on one
+        ([Visible((), 0, 0, 2), Visible((), 1, 1, 2)], [None, None]),
+        ([Visible(("a",), 0, 0, 1), Visible((), 1, 0, 1)], [None, None]),  # one of two machines has none
+        ([Visible(("a", "b"), 0, 0, 1), Visible(("c", "d"), 1, 0, 1)], [0, 0]),  # a rank a machine
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own_or_none_has(
+    ranks: list[Visible], expected: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(seen: Visible) -> bytes:
+        if not seen.uuids:
+            return b""
+        return seen.uuids[seen.node_rank if len(seen.uuids) >= seen.node_size else 0].encode()
+
+    for seen, right in zip(ranks, expected, strict=True):
+
+        class Others(NamedTuple):
+            size: int = len(ranks)
+
+            def gather_bytes(self, data: bytes, seen: Visible = seen) -> list[bytes]:
+                assert data == taken(seen)
+                return [taken(other) for other in ranks]
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda seen=seen: bool(seen.uuids))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: len(seen.uuids))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda i, seen=seen: types.SimpleNamespace(uuid=seen.uuids[i])
+        )
+        assert _own_gpu(Others(), seen.node_rank, seen.node_size) == right
