@@ -410,12 +410,14 @@ def _user_errors(group: Callable[[], Comm] | None = None) -> Iterator[None]:
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             if os.environ.get("PROBTENSOR_TRACEBACK"):
                 raise
-            comm = None if group is None or group().size == 1 else group()
-            if comm is not None and not comm.is_root:
-                time.sleep(2.0)  # what is wrong on all ranks, rank 0 says
-            typer.echo(f"Error: {_one_line(error)}", err=True)
-            if comm is not None:
-                comm.abort(2)
+            line = f"Error: {_one_line(error)}"
+            if group is not None and (comm := group()).size > 1:
+                from probtensor.comm import end_job
+
+                if not comm.is_root:
+                    time.sleep(2.0)  # what is wrong on all ranks, rank 0 says
+                end_job(comm, line, 2)
+            typer.echo(line, err=True)
             raise typer.Exit(2) from None
 
 

@@ -251,7 +251,7 @@ def abort_on_error(comm: Comm) -> Iterator[None]:
         code = error.code if isinstance(error, SystemExit) else 1
         if comm.size == 1 or not code:
             raise
-        _end_job(comm, traceback.format_exc(), code if isinstance(code, int) else 1)
+        end_job(comm, _failed(comm, traceback.format_exc()), code if isinstance(code, int) else 1)
 
 
 def refuse_together(comm: Comm, check: Callable[[], Result]) -> Result:
@@ -281,19 +281,24 @@ def refuse_together(comm: Comm, check: Callable[[], Result]) -> Result:
     return cast(Result, result)
 
 
-def _end_job(comm: Comm, story: str, code: int) -> NoReturn:
+def end_job(comm: Comm, message: str, code: int) -> NoReturn:
+    """Say on stderr why, and end the processes of all ranks with the exit status `code`."""
     sys.stdout.flush()
-    print(f"rank {comm.rank} of {comm.size} failed, ending the job:\n{story}", file=sys.stderr)
+    print(message, file=sys.stderr)
     sys.stderr.flush()
-    time.sleep(0.5)  # mpiexec drops what it has not yet read when it ends the job
+    time.sleep(1.0)  # mpiexec drops what it has not yet read when it ends the job
     comm.abort(code)
+
+
+def _failed(comm: Comm, story: str) -> str:
+    return f"rank {comm.rank} of {comm.size} failed, ending the job:\n{story}"
 
 
 def _end_job_on_uncaught(comm: Comm) -> None:
     """Make an exception that nothing catches end the job."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        _end_job(comm, "".join(traceback.format_exception(kind, error, trace)), 1)
+        end_job(comm, _failed(comm, "".join(traceback.format_exception(kind, error, trace))), 1)
 
     sys.excepthook = hook
 
