@@ -155,7 +155,8 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         self.n_features_in_ = observed.order
         self.feature_names_in_ = np.array([axis.name for axis in self.axes_], dtype=object)
         key = row_keys(observed.positions, observed.values)
-        table = deal(Table(observed.positions, observed.values, sample_weight, noise_std, key), comm)
+        precision = None if noise_std is None else noise_std**-2
+        table = deal(Table(observed.positions, observed.values, sample_weight, precision, key), comm)
         self.y_mean_, self.y_scale_ = 0.0, 1.0
         if self._location_scale():
 
@@ -169,7 +170,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             scale = math.sqrt(scatter / count)
             self.y_scale_ = scale if scale > 1e-12 * abs(self.y_mean_) else 1.0
         values = (table.values - self.y_mean_) / self.y_scale_
-        precision = None if table.precision is None else (self.y_scale_ / table.precision) ** 2
+        precision = None if table.precision is None else self.y_scale_**2 * table.precision
         return replace(table, values=values, precision=precision).to(resolve_device(self.device))
 
     def predict(self, X: Any, return_std: bool = False) -> FloatArray | tuple[FloatArray, FloatArray]:

@@ -42,9 +42,9 @@ class Table:
     positions : Tensor, shape (n, K), int64
         In the axes.
     values : Tensor, shape (n,)
-        Standardised.
+        As given; a model gets them standardised.
     count, precision : Tensor, shape (n,), or None
-        How often each row counts; one over the known variance of its value.
+        How often each row counts; one over the known variance of its value, in the same unit.
     key : Tensor, shape (n,), int64
         See `row_keys`.
     n_blocks : int
