@@ -27,6 +27,7 @@ __all__ = [
     "datasets",
     "from_dense",
     "from_xarray",
+    "images",
     "inference",
     "load",
     "metrics",
@@ -41,6 +42,7 @@ __all__ = [
 if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors; without it they would believe any name
     from probtensor import comm as comm
     from probtensor import datasets as datasets
+    from probtensor import images as images
     from probtensor import inference as inference
     from probtensor import metrics as metrics
     from probtensor import models as models
@@ -69,7 +71,7 @@ else:
         **dict.fromkeys(("from_dense", "from_xarray", "read_table", "read_tns", "to_xarray"), "probtensor.readers"),
         "read_shard": "probtensor.shards",
     }
-    _SUBMODULES = ("comm", "datasets", "inference", "metrics", "models", "plotting")
+    _SUBMODULES = ("comm", "datasets", "images", "inference", "metrics", "models", "plotting")
 
     def __getattr__(name):
         if name in _SUBMODULES:

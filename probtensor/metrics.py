@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 from scipy.special import ndtr
 
-__all__ = ["calibration_curve", "coverage", "crps_gaussian", "factor_match_score", "relative_error", "rmse"]
+__all__ = ["calibration_curve", "coverage", "crps_gaussian", "factor_match_score", "psnr", "relative_error", "rmse"]
 
 if TYPE_CHECKING:
     from probtensor.predictive import Predictive
@@ -210,6 +210,47 @@ def crps_gaussian(
     density = np.exp(-0.5 * z**2) / np.sqrt(2.0 * np.pi)
     score = scale * (z * (2.0 * ndtr(z) - 1.0) + 2.0 * density - 1.0 / np.sqrt(np.pi))
     return float(np.mean(np.where(certain, np.abs(error), score)))
+
+
+def psnr(image: npt.ArrayLike, truth: npt.ArrayLike, peak: float = 255.0) -> float:
+    """Peak signal-to-noise ratio of an image: ``10 log10(peak^2 / mean squared error)`` (larger is better).
+
+    Parameters
+    ----------
+    image : array of float, any shape
+        The image to judge, finite wherever the truth is known.
+    truth : array of float, the shape of `image`
+        The image as it should be; NaN marks pixels that do not count.
+    peak : float, default 255
+        The largest value that a pixel can have.
+
+    Returns
+    -------
+    float
+        Decibels; infinite if the images agree.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, no pixel counts, one that counts is not finite, or `peak` is not positive and finite.
+
+    Examples
+    --------
+    >>> round(psnr([[0.0, 10.0]], [[0.0, 0.0]]), 2)
+    31.14
+    """
+    if not 0.0 < peak < np.inf:
+        raise ValueError(f"peak: expected a positive number, got {peak!r}")
+    judged, right = np.asarray(image, dtype=np.float64), np.asarray(truth, dtype=np.float64)
+    if judged.shape != right.shape:
+        raise ValueError(f"image: expected the shape of truth, {right.shape}, got {judged.shape}")
+    error = (judged - right)[~np.isnan(right)]
+    if error.size == 0:
+        raise ValueError(f"truth: expected at least one known pixel, got none among {right.size}")
+    if not np.all(np.isfinite(error)):
+        raise ValueError("image: expected finite numbers, as in truth, wherever truth is not NaN")
+    with np.errstate(divide="ignore"):
+        return float(20.0 * np.log10(peak) - 10.0 * np.log10(np.mean(error**2)))
 
 
 def factor_match_score(

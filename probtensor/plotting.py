@@ -1,4 +1,4 @@
-"""Pictures of a fitted model: functions, predictions against observations, calibration, relevance, the bound.
+"""Pictures of a fitted model: functions, dictionaries, predictions against observations, calibration, learning.
 
 Each function draws on the matplotlib axes it is given, or on a new figure, and returns what it drew on. Colours are
 those of Okabe and Ito, which readers with any colour vision can tell apart; matplotlib's settings are left alone, and
@@ -7,7 +7,7 @@ matplotlib itself is imported on the first call only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,23 +16,31 @@ import pandas as pd
 from scipy.special import ndtri
 
 from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
+from probtensor.drawing import COLOURS, FAINT, INK, LABEL_SIZE, LINES, TICK_SIZE, dress, new_panels, pyplot
 from probtensor.kernels import Sum, White
 from probtensor.metrics import calibration_curve
+from probtensor.plotting_sparse import plot_activations, plot_dictionary, plot_reconstruction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from probtensor.predictive import Predictive
 
-__all__ = ["plot_bound", "plot_calibration", "plot_factors", "plot_predictions", "plot_relevance"]
+__all__ = [
+    "plot_activations",
+    "plot_bound",
+    "plot_calibration",
+    "plot_dictionary",
+    "plot_factors",
+    "plot_learning",
+    "plot_predictions",
+    "plot_reconstruction",
+    "plot_relevance",
+]
 
-# Okabe and Ito (2008), ordered so that neighbours differ in lightness too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", "-.", ":")
-INK, FAINT = "#222222", "#8A8A8A"
 MAX_DOTS = 100  # of a function; more hide the line
 MAX_LABELS = 30
-LABEL_SIZE, TICK_SIZE = 12, 10.5
+MAX_LINES = 6  # of a parameter, each in its colour; more are drawn alike
 
 
 def plot_factors(
@@ -140,7 +148,7 @@ def plot_predictions(
         raise ValueError(f"y: expected at least one observed value, got none among {len(observed)}")
     observed, centre, reach = observed[seen], centre[seen], spread[seen] * ndtri(0.5 + level / 2)
 
-    ax = _pyplot().subplots(figsize=(4.8, 4.6), layout="constrained")[1] if ax is None else ax
+    ax = pyplot().subplots(figsize=(4.8, 4.6), layout="constrained")[1] if ax is None else ax
     outside = (np.abs(observed - centre) > reach) if std is not None else np.zeros(len(observed), dtype=bool)
     ends = (float(min(observed.min(), centre.min())), float(max(observed.max(), centre.max())))
     margin = 0.04 * (ends[1] - ends[0]) or 1.0
@@ -163,7 +171,7 @@ def plot_predictions(
                 label=label, zorder=4,
             )  # fmt: skip
     ax.set(xlim=limits, ylim=limits, aspect="equal")
-    _dress(ax, "observed", "predicted")
+    dress(ax, "observed", "predicted")
     if std is not None:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TICK_SIZE, markerscale=1.8)
     return ax
@@ -188,7 +196,7 @@ def plot_calibration(y: npt.ArrayLike, predictive: Predictive, *, ax: Axes | Non
     """
     levels, inside = calibration_curve(y, predictive)
     n = np.count_nonzero(~np.isnan(np.asarray(y, dtype=np.float64)))
-    ax = _pyplot().subplots(figsize=(4.4, 4.2), layout="constrained")[1] if ax is None else ax
+    ax = pyplot().subplots(figsize=(4.4, 4.2), layout="constrained")[1] if ax is None else ax
     line = np.linspace(0.0, 1.0, 101)
     error = 2 * np.sqrt(line * (1 - line) / n)
     ax.fill_between(line, line - error, line + error, color=INK, alpha=0.2, linewidth=0)
@@ -197,7 +205,7 @@ def plot_calibration(y: npt.ArrayLike, predictive: Predictive, *, ax: Axes | Non
     ax.set_xlim(0.0, 1.0)
     ax.set_ylim(0.0, 1.0)
     ax.set_aspect("equal")
-    _dress(ax, "probability of the interval", "share of values inside")
+    dress(ax, "probability of the interval", "share of values inside")
     return ax
 
 
@@ -223,14 +231,14 @@ def plot_relevance(model: Any, *, ax: Axes | None = None) -> Axes:
     relevance = np.asarray(model.relevance_, dtype=np.float64)
     if relevance.size == 0:
         raise ValueError("model: expected components with a relevance_ (form='cp'), got a model without")
-    ax = _pyplot().subplots(figsize=(4.4, 3.6), layout="constrained")[1] if ax is None else ax
+    ax = pyplot().subplots(figsize=(4.4, 3.6), layout="constrained")[1] if ax is None else ax
     number, counted = np.arange(1, relevance.size + 1), np.arange(relevance.size) < model.effective_rank_
     ax.bar(number[counted], relevance[counted], color=COLOURS[0], edgecolor=COLOURS[0], width=0.7)
     ax.bar(number[~counted], relevance[~counted], color="none", edgecolor=COLOURS[0], width=0.7)
     title = f"effective rank {model.effective_rank_} of {relevance.size}"
     ax.set_title(title, fontsize=LABEL_SIZE, color=INK, loc="left")
     ax.locator_params(axis="x", integer=True)
-    _dress(ax, "components, strongest first", "root mean square, unit of y")
+    dress(ax, "components, strongest first", "root mean square, unit of y")
     return ax
 
 
@@ -256,7 +264,7 @@ def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
     bound = np.asarray(model.bound_history_, dtype=np.float64)
     if bound.size == 0:
         raise ValueError("model: expected a bound_history_ with at least one value, got an empty one")
-    ax = _pyplot().subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
+    ax = pyplot().subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
     iterations = np.arange(1, bound.size + 1)
     starts = list(getattr(model, "phase_starts_", (0,)))
     for first, end in zip(starts, [*starts[1:], bound.size], strict=True):
@@ -272,8 +280,60 @@ def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
     state = "converged" if model.converged_ else "not converged"
     ax.set_title(f"{bound[-1]:,.1f} after {bound.size} iterations, {state}", fontsize=LABEL_SIZE, color=INK, loc="left")
     ax.locator_params(axis="x", integer=True)
-    _dress(ax, "iteration", "bound on the log evidence")
+    dress(ax, "iteration", "bound on the log evidence")
     return ax
+
+
+def plot_learning(
+    model: Any,
+    *,
+    truth: Mapping[str, npt.ArrayLike] | None = None,
+    axes: Sequence[Axes] | npt.NDArray[Any] | None = None,
+) -> npt.NDArray[Any]:
+    """Draw the bound and the parameters over the iterations, one panel each.
+
+    Parameters
+    ----------
+    model : fitted estimator
+        With what `plot_bound` needs and ``parameter_history_``: a dict from names to arrays (n_iter,) or (n_iter, K).
+        One entry more than the bound has is the start. Larger arrays, as dictionaries, are left out.
+    truth : dict of float or array (K,), optional
+        Values to compare with, by name: dotted lines.
+    axes : sequence of matplotlib Axes, optional
+        One for the bound and one for each parameter that is drawn. By default a new figure.
+
+    Returns
+    -------
+    array of matplotlib Axes
+
+    Raises
+    ------
+    ValueError
+        If there is no bound, a history is longer or shorter than it, or the number of axes differs.
+    """
+    n_iter, histories = len(model.bound_history_), {}
+    for name, history in model.parameter_history_.items():
+        values = np.asarray(history, dtype=np.float64)
+        if not len(values) or len(values) - n_iter not in (0, 1):
+            raise ValueError(f"model: expected the {n_iter} iterations of the bound for {name}, got {len(values)}")
+        if values.ndim <= 2:
+            histories[name] = values.reshape(len(values), -1)
+    n = 1 + len(histories)
+    panels = new_panels(n, 3.9, 3.4) if axes is None else np.asarray(axes, dtype=object).ravel()
+    if len(panels) != n:
+        raise ValueError(f"axes: expected {n}, for the bound and {list(histories)}, got {len(panels)}")
+    plot_bound(model, ax=panels[0])
+    for ax, (name, values) in zip(panels[1:], histories.items(), strict=True):
+        x, many = np.arange(n_iter - len(values) + 1, n_iter + 1), values.shape[1] > MAX_LINES
+        for k, line in enumerate(values.T):
+            colour = COLOURS[0 if many else k]
+            ax.plot(x, line, color=colour, linewidth=1.0 if many else 2.0, alpha=0.5 if many else 1.0)
+        for k, right in enumerate(np.ravel((truth or {}).get(name, ()))):
+            colour = INK if many or values.shape[1] == 1 else COLOURS[k % MAX_LINES]
+            ax.axhline(right, color=colour, linewidth=1.2, linestyle=":")
+        ax.locator_params(axis="x", integer=True)
+        dress(ax, "iteration", name)
+    return panels
 
 
 def _draw_functions(ax: Axes, model: Any, axis: ContinuousAxis, shown: Sequence[int], n_grid: int) -> None:
@@ -302,7 +362,7 @@ def _draw_functions(ax: Axes, model: Any, axis: ContinuousAxis, shown: Sequence[
         ax.xaxis.set_major_locator(locator)
         ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     ax.axhline(0.0, color=FAINT, linewidth=0.8, zorder=0)
-    _dress(ax, f"{axis.name}{' (days)' * isinstance(axis.distinct, pd.TimedeltaIndex)}", "latent function")
+    dress(ax, f"{axis.name}{' (days)' * isinstance(axis.distinct, pd.TimedeltaIndex)}", "latent function")
     _legend(ax)
 
 
@@ -324,7 +384,7 @@ def _draw_labels(ax: Axes, model: Any, axis: CategoricalAxis, shown: Sequence[in
     if not many:
         ax.hlines(heights[:-1] + 0.5, 0.0, 1.0, colors="#E6E6E6", lw=0.8, transform=ax.get_yaxis_transform(), zorder=0)
     ax.axvline(0.0, color=FAINT, linewidth=0.8, zorder=0)
-    _dress(ax, "latent value", str(axis.name))
+    dress(ax, "latent value", str(axis.name))
     ax.tick_params(axis="y", length=0)
     _legend(ax)
 
@@ -342,15 +402,6 @@ def _abscissa(axis: ContinuousAxis, encoded: npt.NDArray[np.float64]) -> npt.NDA
     return np.asarray(pd.DatetimeIndex(axis.decode(encoded)).tz_localize(None))
 
 
-def _dress(ax: Axes, x: str, y: str) -> None:
-    """Give an axes the look that all pictures share."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(FAINT)
-    ax.tick_params(labelsize=TICK_SIZE, color=FAINT, labelcolor=INK)
-    ax.set_xlabel(x, fontsize=LABEL_SIZE, color=INK)
-    ax.set_ylabel(y, fontsize=LABEL_SIZE, color=INK)
-
-
 def _legend(ax: Axes) -> None:
     """Put the numbers of the components above the panel, in one row, without its error bars."""
     handles, labels = ax.get_legend_handles_labels()
@@ -363,25 +414,6 @@ def _legend(ax: Axes) -> None:
 
 
 def _new_panels(modes: Sequence[Axis]) -> npt.NDArray[Any]:
-    """Return the axes of a new figure, one a mode, at most four in a row; tall where there are many labels."""
-    columns = min(len(modes), 4)
-    rows = -(-len(modes) // columns)
+    """Return the axes of a new figure, one a mode; tall where there are many labels."""
     n_labels = max((min(axis.size, MAX_LABELS) for axis in modes if isinstance(axis, CategoricalAxis)), default=0)
-    height = float(np.clip(0.36 * n_labels + 1.2, 3.6, 7.0))
-    figure = _pyplot().figure(figsize=(3.9 * columns, height * rows), layout="constrained")
-    panels = np.asarray(figure.subplots(rows, columns, squeeze=False), dtype=object).ravel()
-    for spare in panels[len(modes) :]:
-        spare.remove()
-    return panels[: len(modes)]
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("matplotlib"):
-            raise
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install 'probtensor[plots]'", name="matplotlib"
-        ) from error
-    return plt
+    return new_panels(len(modes), 3.9, float(np.clip(0.36 * n_labels + 1.2, 3.6, 7.0)))

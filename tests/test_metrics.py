@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from probtensor.metrics import calibration_curve, coverage, crps_gaussian, factor_match_score, relative_error, rmse
+from probtensor.metrics import (
+    calibration_curve,
+    coverage,
+    crps_gaussian,
+    factor_match_score,
+    psnr,
+    relative_error,
+    rmse,
+)
 from probtensor.predictive import NormalMixture
 
 NAN = float("nan")
@@ -127,3 +135,28 @@ def test_a_calibration_curve_counts_what_lies_inside_each_interval() -> None:
     assert len(calibration_curve(y, wide)[0]) == 19
     with pytest.raises(ValueError, match="levels: expected probabilities between 0 and 1"):
         calibration_curve(y, wide, [0.0])
+
+
+def test_psnr_follows_its_definition_and_leaves_unknown_pixels_out():
+    truth = np.array([[0.0, 100.0], [200.0, NAN]])
+    image = truth + np.array([[3.0, -4.0], [5.0, 0.0]])
+    assert psnr(image, truth) == pytest.approx(10 * math.log10(255**2 / (50 / 3)))
+    assert psnr(image / 255, truth / 255, peak=1.0) == pytest.approx(psnr(image, truth))
+    assert psnr(truth, truth) == math.inf
+    # Integers do not wrap around.
+    assert psnr(np.array([0], dtype=np.uint8), np.array([255], dtype=np.uint8)) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([1.0], [1.0, 2.0]), r"image: expected the shape of truth, \(2,\), got \(1,\)"),
+        (([1.0], [NAN]), "truth: expected at least one known pixel, got none among 1"),
+        (([NAN], [1.0]), "image: expected finite numbers"),
+        (([1.0], [1.0], 0.0), "peak: expected a positive number, got 0.0"),
+        (([1.0], [1.0], NAN), "peak: expected a positive number"),
+    ],
+)
+def test_psnr_names_bad_input(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        psnr(*arguments)

@@ -17,6 +17,7 @@ from probtensor.plotting import (
     plot_bound,
     plot_calibration,
     plot_factors,
+    plot_learning,
     plot_predictions,
     plot_relevance,
 )
@@ -228,6 +229,37 @@ def test_the_line_of_the_bound_breaks_where_the_bound_is_that_of_another_model(m
     first, second = plot_bound(model).lines
     np.testing.assert_allclose(first.get_data(), [[1, 2], [-10.0, -4.0]])
     np.testing.assert_allclose(second.get_data(), [[3], [-3.5]])
+
+
+def test_learning_is_the_bound_and_each_small_parameter_over_the_iterations(model):
+    model.parameter_history_ = {
+        "noise_std": [3.0, 2.0, 1.0],
+        "prior": np.arange(8.0).reshape(4, 2),  # from the start on
+        "components": np.zeros((3, 2, 5)),
+    }
+    panels = plot_learning(model, truth={"prior": [6.5, 7.5], "unknown": 1.0})
+    assert [ax.get_ylabel() for ax in panels] == ["bound on the log evidence", "noise_std", "prior"]
+    np.testing.assert_allclose(panels[0].lines[0].get_data(), [[1, 2, 3], [-10.0, -4.0, -3.5]])
+    np.testing.assert_allclose(panels[1].lines[0].get_data(), [[1, 2, 3], [3.0, 2.0, 1.0]])
+    curves, rights = panels[2].lines[:2], panels[2].lines[2:]
+    np.testing.assert_allclose(curves[1].get_data(), [[0, 1, 2, 3], [1.0, 3.0, 5.0, 7.0]])
+    assert [line.get_ydata()[0] for line in rights] == [6.5, 7.5]
+    assert [line.get_color() for line in rights] == [line.get_color() for line in curves] == list(COLOURS[:2])
+    draw(panels[0])
+
+
+def test_many_values_of_a_parameter_are_drawn_alike_and_many_panels_wrap(model):
+    model.parameter_history_ = {name: np.zeros((3, 9)) for name in "abcde"}
+    panels = plot_learning(model)
+    assert len(panels) == len(panels[0].figure.axes) == 6
+    assert {line.get_color() for line in panels[5].lines} == {COLOURS[0]}
+    mine = matplotlib.figure.Figure().subplots(2, 3)
+    assert all(a is b for a, b in zip(plot_learning(model, axes=mine), mine.flat, strict=True))
+    with pytest.raises(ValueError, match=r"axes: expected 6, for the bound and \['a', .*, got 3"):
+        plot_learning(model, axes=mine[0])
+    model.parameter_history_ = {"a": [1.0]}
+    with pytest.raises(ValueError, match="model: expected the 3 iterations of the bound for a, got 1"):
+        plot_learning(model)
 
 
 def test_matplotlib_settings_stay_as_they_were(model):
