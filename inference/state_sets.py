@@ -24,7 +24,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Gram", "Own", "Selected", "StateTable", "every_state", "few_active", "pair_places", "pursue", "sum_of_pairs"]
+__all__ = [
+    "Gram",
+    "Own",
+    "Selected",
+    "StateTable",
+    "every_state",
+    "few_active",
+    "pair_places",
+    "pursue",
+    "sum_of_pairs",
+]
 
 
 def pair_places(size: int, device: torch.device | None = None) -> Tensor:
@@ -67,7 +77,7 @@ class StateTable:
 
     @cached_property
     def levels(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """States by number g of places in use: which (S_g,), their places (S_g, g), their pairs' numbers (g, g, S_g)."""
+        """States by number g of places in use: which (S_g,), the places (S_g, g), the pairs' numbers (g, g, S_g)."""
         C = self.values.shape[1]
         i, j = pair_places(C, self.values.device)
         number = torch.zeros(C, C, dtype=torch.int64, device=i.device)
@@ -153,6 +163,20 @@ class Selected:
         first, V = self.n_singles, len(self.table.singles)
         alone = per_state[1:first] if V else per_state[:0]
         return alone.reshape(V, self.n_components, *per_state.shape[1:]), per_state[first:]
+
+    def state(self, number: Tensor) -> Tensor:
+        """One state of each point, by its number (n,): shape (H, n)."""
+        first, H = self.n_singles, self.n_components
+        found = self.table.values.new_zeros(H, len(number))
+        single, of_table = number - 1, number - first
+        alone = (number > 0) & (number < first)
+        if first:
+            value = self.table.singles[single.clamp(0, first - 2) // H]
+            found.scatter_(0, (single.clamp(min=0) % H)[None], torch.where(alone, value, 0.0)[None])
+        if len(self.table.values):
+            inside = self.table.values[of_table.clamp(min=0)].T * (number >= first)
+            found.scatter_add_(0, self.index, inside)
+        return found
 
     def energy(self, b: Tensor, gram: "Gram") -> Tensor:
         """``s'b - s'G s / 2``, shape (states, n), from ``b`` (H, n)."""
@@ -246,6 +270,10 @@ class Own:
     """
 
     values: Tensor
+
+    def state(self, number: Tensor) -> Tensor:
+        """One state of each point, by its number (n,): shape (H, n)."""
+        return self.values.gather(0, number[None, None].expand(1, *self.values.shape[1:]))[0]
 
     def energy(self, b: Tensor, gram: "Gram") -> Tensor:
         """``s'b - s'G s / 2``, shape (S, n), from ``b`` (H, n)."""

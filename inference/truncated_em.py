@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 from probtensor.blocks import add_up
 from probtensor.comm import Comm
+from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Own, Selected, StateTable
 
 __all__ = [
     "DataCut",
     "Everything",
-    "Points",
     "Preselection",
     "Result",
     "Selection",
@@ -51,55 +51,12 @@ SHORTEST = 2.0**-6  # share of a step that is still tried
 SHOW_AFTER = 1.0  # seconds before a progress bar appears
 
 
-class Points(NamedTuple):
-    """Some points, and which of their entries were observed.
-
-    Attributes
-    ----------
-    y : Tensor, shape (n, D)
-        0 where an entry is missing.
-    seen : Tensor, shape (n, D), or None
-        1 where an entry was observed, else 0; None where all were.
-    used : Tensor, shape (n,), or None
-        1 for points that an M-step takes into account, else 0; None: all.
-    """
-
-    y: Tensor
-    seen: Tensor | None
-    used: Tensor | None = None
-
-    @classmethod
-    def of(cls, y: Tensor, masked: bool) -> Points:
-        """Points from values in which NaN is a missing entry; without a mask where none can be."""
-        if not masked:
-            return cls(y, None)
-        missing = y.isnan()
-        return cls(y.masked_fill(missing, 0.0), (~missing).to(y.dtype))
-
-    def take(self, index: Tensor) -> Points:
-        """Some of the points."""
-        return Points(self.y[index], None if self.seen is None else self.seen[index])
-
-    def n_seen(self) -> Tensor:
-        """Observed entries of each point, shape (n,)."""
-        return self.y.new_full((len(self.y),), self.y.shape[1]) if self.seen is None else self.seen.sum(1)
-
-    def log_density_of_noise(self, variance: Tensor) -> Tensor:
-        """Log density of each point under ``N(0, variance)``, shape (n,)."""
-        return -0.5 * (self.n_seen() * (2 * math.pi * variance).log() + (self.y**2).sum(1) / variance)
-
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Number of points in use and of their observed entries, and their sum of squares, each of shape (1,)."""
-        used = self.y.new_ones(len(self.y)) if self.used is None else self.used
-        return used.sum()[None], (used @ self.n_seen())[None], (used @ (self.y**2).sum(1))[None]
-
-
 class TruncatedModel(Protocol[P]):
     """What `run` asks of a model."""
 
     @property
     def exact(self) -> bool:
-        """Whether `update` finds the optimum given the posterior; else it may overshoot, and `run` takes shorter steps."""
+        """Whether `update` finds the optimum given the posterior; else it may overshoot, and steps get shorter."""
         ...
 
     def candidates(self, params: P, points: Points, n_candidates: int) -> Tensor:
@@ -285,6 +242,7 @@ def run(
     seed: int = 0,
     cut: DataCut | None = None,
     between: Callable[[P, int], P] | None = None,
+    quiet: bool = False,
     progress: bool = True,
 ) -> Result[P]:
     """Steps of truncated EM until the bound settles.
@@ -311,6 +269,8 @@ def run(
         Points to leave out of M-steps at temperature one. The bound is that of all points; it may fall a little.
     between : callable, optional
         Parameters to go on with, given those after an M-step, and the step's number.
+    quiet : bool, default False
+        Whether `max_iter` is no more than a number of steps: then nothing is warned of.
     progress : bool, default True
 
     Returns
@@ -335,26 +295,32 @@ def run(
     kept: list[Tensor | None] = [None] * len(blocks)
     good: tuple[P, list[Tensor | None]] | None = None  # the last parameters and sets that did not lower the bound
     share, settled, n_updates = 1.0, 0, 0
+    target = params
+
+    def sums_of(
+        number: int, step: int, T: float, params: P, kept: list[Tensor | None], chosen: list[Tensor | None]
+    ) -> Tensor:
+        """Sums over the points of a block; which states they had goes to `chosen`."""
+        points = blocks[number]
+        own_seed = (seed * 1_000_003 + step * 7_919 + (first_block + number) * 104_729) % 2**63
+        before = kept[number] if T == 1 else None
+        states, joint, chosen[number] = selection.step(model, params, points, before, own_seed)
+        log_z = joint.logsumexp(0)
+        q = joint.sub_(log_z).exp_() if T == 1 else (joint / T).softmax(0)
+        if cut is not None and T == 1:
+            used = (log_z >= evidence.threshold).to(q.dtype)
+            q *= used
+            points = points._replace(used=used)
+        head = [log_z.new_tensor([len(points.y)]), evidence.local(log_z)]
+        return torch.cat([*head, model.statistics(params, points, states, q)])
+
     with tqdm(total=max_iter, desc="EM steps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
         for step in range(max_iter + 1):
             T = temperature(step)
             chosen: list[Tensor | None] = [None] * len(blocks)
 
-            def sums_of(number: int) -> Tensor:
-                points = blocks[number]
-                own_seed = (seed * 1_000_003 + step * 7_919 + (first_block + number) * 104_729) % 2**63
-                before = kept[number] if T == 1 else None
-                states, joint, chosen[number] = selection.step(model, params, points, before, own_seed)
-                log_z = joint.logsumexp(0)
-                q = joint.sub_(log_z).exp_() if T == 1 else (joint / T).softmax(0)
-                if cut is not None and T == 1:
-                    used = (log_z >= evidence.threshold).to(q.dtype)
-                    q *= used
-                    points = points._replace(used=used)
-                head = [log_z.new_tensor([len(points.y)]), evidence.local(log_z)]
-                return torch.cat([*head, model.statistics(params, points, states, q)])
-
-            total = comm.sum(*add_up(sums_of(number) for number in range(len(blocks))))
+            numbers = range(len(blocks))
+            total = comm.sum(*add_up(sums_of(number, step, T, params, kept, chosen) for number in numbers))
             n_points, statistics = float(total[0]), total[1 + evidence.size :]
             bound = float(total[1]) / n_points
             if not math.isfinite(bound):
@@ -375,10 +341,10 @@ def run(
             if T == 1:
                 kept = chosen
                 good = params, list(chosen)
-            quiet = T == 1 and history and abs(bound - history[-1]) <= tol * max(abs(bound), 1.0)
+            still = T == 1 and history and abs(bound - history[-1]) <= tol * max(abs(bound), 1.0)
             history.append(bound)
             params_history.append(params)
-            settled = settled + 1 if quiet else 0
+            settled = settled + 1 if still else 0
             if settled >= PATIENCE:
                 return Result(params, history, params_history, n_updates, True)
             if step == max_iter:
@@ -392,7 +358,7 @@ def run(
                 params = between(params, step)
     if good is not None:
         params = good[0]
-    if comm.is_root:
+    if comm.is_root and not quiet:
         warnings.warn(
             f"not converged: max_iter={max_iter} steps done, the bound still moves. Raise max_iter or tol.",
             ConvergenceWarning,

@@ -53,6 +53,8 @@ class LinearCoding:
     values: tuple[float, ...]
     tied: bool = False
 
+    parameters = LinearParameters
+
     def start(self, W: Tensor, variance: Tensor, activity: float) -> LinearParameters:
         """First parameters, from a dictionary and the expected share of causes that are not 0."""
         V = len(self.values)

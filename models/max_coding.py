@@ -72,6 +72,8 @@ class MaxCoding:
 
     signed: bool
 
+    parameters = MaxParameters
+
     def start(self, W: Tensor, variance: Tensor, activity: float) -> MaxParameters:
         """First parameters, from a dictionary and the expected share of active causes."""
         W = W if self.signed else W.clamp(min=0)

@@ -74,8 +74,17 @@ class _Active(NamedTuple):
 
 
 class _Slabs(NamedTuple):
-    """Posterior of the active slabs: mean (g, S, n) and covariance (g, g, S, n), the log joint density over that of the
-    zero state (S, n), and the prior's precision (g, g, S, n) where ``Psi`` is full."""
+    """What is known of the active slabs.
+
+    Attributes
+    ----------
+    mean : Tensor, shape (g, S, n)
+    covariance : Tensor, shape (g, g, S, n)
+    log_odds : Tensor, shape (S, n)
+        Log joint density over that of the zero state.
+    precision : Tensor, shape (g, g, S, n), or None
+        Of the prior, where ``Psi`` is full.
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -97,6 +106,8 @@ class SpikeSlab:
 
     full: bool
     max_active: int
+
+    parameters = SlabParameters
 
     def start(self, W: Tensor, variance: Tensor, activity: float) -> SlabParameters:
         """First parameters, from a dictionary and the expected share of active causes."""
@@ -132,7 +143,6 @@ class SpikeSlab:
 
     def statistics(self, params: SlabParameters, points: Points, states: Selected | Own, q: Tensor) -> Tensor:
         """Sums over points for `update`, packed into one dimension."""
-        H = len(params.mean)
         used, mean, second, t, K = self._moments(params, points, states, q)
         parts = [points.y.T @ mean.T, second if points.seen is None else second[0], used, mean.sum(1)]
         parts += [(second if points.seen is None else second[1]).diagonal()]
@@ -156,7 +166,9 @@ class SpikeSlab:
             shift = params.slab @ slabs[0] / n_points
             covariance = params.slab + params.slab @ slabs[1].reshape(H, H) @ params.slab / n_points
             slab = covariance - shift[:, None] * shift
-            return SlabParameters(W, prob, params.mean + shift, 0.5 * (slab + slab.T), ((square - explained) / n_seen)[0])
+            return SlabParameters(
+                W, prob, params.mean + shift, 0.5 * (slab + slab.T), ((square - explained) / n_seen)[0]
+            )
         known = used > tiny
         share = used.clamp(min=tiny)
         mu = torch.where(known, mean / share, params.mean)
@@ -251,7 +263,9 @@ class SpikeSlab:
         Gmu = (G * mu).sum(1)
         rest = b - Gmu
         moved = (covariance * rest).sum(1)
-        log_odds = odds.sum(0) - 0.5 * (log_det + log_slab) + (mu * (b - 0.5 * Gmu)).sum(0) + 0.5 * (rest * moved).sum(0)
+        log_odds = (
+            odds.sum(0) - 0.5 * (log_det + log_slab) + (mu * (b - 0.5 * Gmu)).sum(0) + 0.5 * (rest * moved).sum(0)
+        )
         return _Slabs(mu + moved, covariance, log_odds, precision)
 
     def _moments(

@@ -1,0 +1,167 @@
+r"""Points of D entries, some of which may be missing, and how they are dealt to ranks.
+
+Points are worked on in blocks. A block is whole on one rank, and which points it has does not depend on the number of
+ranks: sums over points have the same bits on any number of ranks (see `probtensor.blocks`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from probtensor.comm import Comm
+
+__all__ = ["PointBlocks", "Points", "Summary", "any_missing", "deal_points", "summarise"]
+
+
+class Points(NamedTuple):
+    """Some points, and which of their entries were observed.
+
+    Attributes
+    ----------
+    y : Tensor, shape (n, D)
+        0 where an entry is missing.
+    seen : Tensor, shape (n, D), or None
+        1 where an entry was observed, else 0; None where all were.
+    used : Tensor, shape (n,), or None
+        1 for points that an M-step takes into account, else 0; None: all.
+    """
+
+    y: Tensor
+    seen: Tensor | None
+    used: Tensor | None = None
+
+    @classmethod
+    def of(cls, y: Tensor, masked: bool) -> Points:
+        """Points from values in which NaN is a missing entry; without a mask where none can be."""
+        if not masked:
+            return cls(y, None)
+        missing = y.isnan()
+        return cls(y.masked_fill(missing, 0.0), (~missing).to(y.dtype))
+
+    def take(self, index: Tensor) -> Points:
+        """Some of the points."""
+        return Points(self.y[index], None if self.seen is None else self.seen[index])
+
+    def n_seen(self) -> Tensor:
+        """Observed entries of each point, shape (n,)."""
+        return self.y.new_full((len(self.y),), self.y.shape[1]) if self.seen is None else self.seen.sum(1)
+
+    def log_density_of_noise(self, variance: Tensor) -> Tensor:
+        """Log density of each point under ``N(0, variance)``, shape (n,)."""
+        return -0.5 * (self.n_seen() * (2 * math.pi * variance).log() + (self.y**2).sum(1) / variance)
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Number of points in use and of their observed entries, and their sum of squares, each of shape (1,)."""
+        used = self.y.new_ones(len(self.y)) if self.used is None else self.used
+        return used.sum()[None], (used @ self.n_seen())[None], (used @ (self.y**2).sum(1))[None]
+
+
+@dataclass(frozen=True, eq=False)
+class PointBlocks(Sequence[Points]):
+    """Points of a rank in blocks, taken from the array one at a time: one on disk is never wholly in memory.
+
+    Attributes
+    ----------
+    array : ndarray, shape (n, D)
+        NaN where an entry is missing.
+    size : int
+        Points of a block; the last may have fewer.
+    first : int
+        Number of the first block among those of all ranks.
+    masked : bool
+        Whether any entry is missing, on any rank.
+    dtype : torch.dtype
+    device : torch.device
+    """
+
+    array: npt.NDArray[Any]
+    size: int
+    first: int
+    masked: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    def __len__(self) -> int:
+        return max(1, -(-len(self.array) // self.size))
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        rows = self.array[number * self.size : (number + 1) * self.size]
+        y = torch.from_numpy(np.array(rows)).to(self.device, self.dtype)
+        return Points.of(y, self.masked)
+
+
+class Summary(NamedTuple):
+    """What all ranks' points have in common.
+
+    Attributes
+    ----------
+    n_points : int
+    mean, variance : ndarray, shape (D,)
+        Of the observed entries.
+    masked : bool
+        Whether any entry is missing.
+    """
+
+    n_points: int
+    mean: npt.NDArray[np.float64]
+    variance: npt.NDArray[np.float64]
+    masked: bool
+
+
+def deal_points(array: npt.NDArray[Any], size: int, comm: Comm) -> tuple[npt.NDArray[Any], int]:
+    """Move rows between ranks so that each has whole blocks of `size` rows; number them through the ranks' order.
+
+    Parameters
+    ----------
+    array : ndarray, shape (n, D)
+        This rank's rows; n may be 0.
+    size : int
+    comm : Comm
+
+    Returns
+    -------
+    array : ndarray, shape (m, D)
+    first : int
+        Number of this rank's first block.
+    """
+    if comm.size == 1:
+        return array, 0
+    counts = [int.from_bytes(data, "little") for data in comm.gather_bytes(len(array).to_bytes(8, "little"))]
+    n_blocks = -(-sum(counts) // size)
+    ends = np.array([n_blocks * (rank + 1) // comm.size for rank in range(comm.size)])
+    number = sum(counts[: comm.rank]) + np.arange(len(array))
+    to = np.searchsorted(ends, number // size, side="right")
+    rows = torch.from_numpy(np.array(array, dtype=np.float64))
+    moved = comm.exchange(rows, torch.from_numpy(to)).numpy()
+    return moved.astype(array.dtype), int(ends[comm.rank - 1]) if comm.rank else 0
+
+
+def summarise(blocks: PointBlocks, comm: Comm) -> Summary:
+    """Number, mean and variance of all ranks' points, in one pass and one sum."""
+    total = torch.zeros(3, blocks.array.shape[1], dtype=torch.float64)
+    for number in range(len(blocks)):
+        y = blocks[number].y.to("cpu", torch.float64)
+        seen = ~y.isnan()
+        y = y.nan_to_num(0.0)
+        total += torch.stack([seen.sum(0).double(), y.sum(0), (y**2).sum(0)])
+    n_points = torch.tensor([float(len(blocks.array))], dtype=torch.float64)
+    sums = comm.sum(torch.cat([n_points, total.reshape(-1)])).numpy()
+    count, first, second = sums[1:].reshape(3, -1)
+    known = np.maximum(count, 1)
+    mean = first / known
+    return Summary(int(sums[0]), mean, np.maximum(second / known - mean**2, 0), bool((count < sums[0]).any()))
+
+
+def any_missing(array: npt.NDArray[Any]) -> bool:
+    """Whether any entry is NaN; the array may be on disk."""
+    return any(bool(np.isnan(array[start : start + 2**16]).any()) for start in range(0, len(array), 2**16))

@@ -1,0 +1,500 @@
+"""The shell of the sparse-coding estimators: validation, fit, posterior quantities, files.
+
+Manners are those of scikit-learn's decompositions: ``fit``, ``transform``, ``inverse_transform``, ``components_``. A
+subclass gives the model's mathematics (`_model`), and its prior in users' terms (`_set_prior`).
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from probtensor.comm import Comm, Serial, refuse_together
+from probtensor.inference.evolution import Evolution
+from probtensor.inference.points import PointBlocks, Points, any_missing, deal_points, summarise
+from probtensor.inference.state_sets import Own, Selected, every_state, few_active
+from probtensor.inference.truncated_em import DataCut, Everything, Preselection, Result, Selection
+from probtensor.models.sparse_fit import Schedule, fit_dictionary
+from probtensor.persistence import write_state
+from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
+
+__all__ = ["SparseCoder"]
+
+FloatArray = npt.NDArray[np.floating[Any]]
+
+SAMPLE = 1000  # points, and this many a component more, for annealing and renewals
+SAMPLE_A_COMPONENT = 20
+BLOCK, GPU_BLOCK = 2**19, 2**27  # numbers in the largest array of a block of points
+MAX_EVERY = 2**16  # states that full enumeration takes at most
+
+
+class Posterior(NamedTuple):
+    """Of the points of a block, given the fitted parameters."""
+
+    points: Points
+    states: Selected | Own
+    log_joint: Tensor
+    q: Tensor
+
+
+class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
+    """A dictionary whose components are mostly off in a point, with a prior, noise and posteriors.
+
+    Attributes
+    ----------
+    components_ : ndarray, shape (H, D)
+        The dictionary.
+    noise_std_ : float
+        Standard deviation of the noise, in the unit of Y.
+    bound_ : float
+        Lower bound of the log-likelihood a point, exact where all states are enumerated.
+    bound_history_ : list of float
+        The bound before each step on all points, and at the end.
+    parameter_history_ : dict of str to ndarray
+        Prior and noise at these steps.
+    n_iter_ : int
+        Steps of EM on all points.
+    converged_ : bool
+    n_features_in_ : int
+        Entries ``D`` of a point.
+    """
+
+    n_components: int
+    n_candidates: int
+    max_active: int
+    states: Literal["selected", "evolved", "all"]
+    n_states: int
+    annealing: int
+    temperature: float
+    renewals: int
+    data_cut: bool
+    max_iter: int
+    tol: float
+    device: str
+    random_state: RandomState
+    progress: bool
+
+    components_: FloatArray
+    noise_std_: float
+    bound_history_: list[float]
+    parameter_history_: dict[str, FloatArray]
+    n_iter_: int
+    converged_: bool
+    n_features_in_: int
+    dtype_: np.dtype[Any]
+    _params: Any
+    _sums: Tensor | None
+
+    def fit(self, Y: Any, y: None = None, *, comm: Comm | None = None) -> Self:
+        """Learn dictionary, prior and noise.
+
+        Parameters
+        ----------
+        Y : array_like or DataFrame, shape (N, D)
+            Points; NaN is a missing entry. Results are float32 where Y is. An array on disk (``numpy.memmap``) is read
+            block by block.
+        y : None
+            Not used.
+        comm : Comm, optional
+            The ranks that fit together, each with its own points; see `probtensor.comm.world`.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If Y is malformed, empty or has infinite entries, or a parameter does not fit it.
+        """
+        return self._fit(Y, Serial() if comm is None else comm, None)
+
+    def fit_transform(self, Y: Any, y: None = None, *, comm: Comm | None = None) -> FloatArray:
+        """Fit, and return the codes of Y; see `fit` and `transform`."""
+        return self.fit(Y, comm=comm).transform(Y)
+
+    def partial_fit(self, Y: Any, y: None = None) -> Self:
+        """Learn from a batch: steps of EM on it alone, with what was learned before weighing as its own points did.
+
+        The first call is `fit`. Sums over earlier batches stay in memory, their points do not: the dictionary is the
+        optimum for all sums together (incremental EM, Neal and Hinton 1998, one step a batch).
+
+        Parameters
+        ----------
+        Y : array_like, shape (N, D)
+        y : None
+            Not used.
+
+        Returns
+        -------
+        self
+        """
+        if not hasattr(self, "components_"):
+            return self.fit(Y)
+        array = self._array_like_fitted(Y)
+        model, masked = self._model(), any_missing(array)
+        blocks = self._blocks(array, 0, masked)
+        with torch.no_grad(), threads_for(len(array)):
+            sums, log_z = [], 0.0
+            for number in range(len(blocks)):
+                posterior = self._posterior(blocks[number])
+                sums.append(model.statistics(self._params, posterior.points, posterior.states, posterior.q))
+                log_z += float(posterior.log_joint.logsumexp(0).sum())
+            new = torch.stack(sums).sum(0)
+            before = self._sums
+            if before is not None and len(before) != len(new):
+                raise ValueError(f"Y: expected {'no ' if len(before) < len(new) else ''}missing entries, as before")
+            self._sums = new if before is None else before + new
+            self._set(model.update(self._params, self._sums, masked))
+        self.bound_history_ = [*self.bound_history_, log_z / max(len(array), 1)]
+        return self
+
+    def transform(self, Y: Any) -> FloatArray:
+        """Codes: posterior means of the causes.
+
+        Parameters
+        ----------
+        Y : array_like, shape (N, D)
+            NaN is a missing entry.
+
+        Returns
+        -------
+        ndarray, shape (N, H)
+        """
+        return self._each(Y, lambda p: self._model().codes(self._params, p.points, p.states, p.q))
+
+    def inclusion_probability(self, Y: Any) -> FloatArray:
+        """Posterior probability of each cause not to be zero.
+
+        Parameters
+        ----------
+        Y : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N, H)
+        """
+        return self._each(Y, lambda p: p.states.inclusion(p.q).T)
+
+    def map_states(self, Y: Any) -> FloatArray:
+        """The most probable state of each point.
+
+        Parameters
+        ----------
+        Y : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N, H)
+        """
+        return self._each(Y, lambda p: p.states.state(p.q.argmax(0)).T)
+
+    def reconstruct(self, Y: Any) -> FloatArray:
+        """Posterior mean of the points without noise, missing entries included.
+
+        Parameters
+        ----------
+        Y : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N, D)
+        """
+        return self._each(Y, lambda p: self._model().reconstruct(self._params, p.points, p.states, p.q))
+
+    def score_samples(self, Y: Any) -> FloatArray:
+        """Lower bound of the log-likelihood of each point; exact with ``states="all"``.
+
+        Parameters
+        ----------
+        Y : array_like, shape (N, D)
+
+        Returns
+        -------
+        ndarray, shape (N,)
+        """
+        return self._each(Y, lambda p: p.log_joint.logsumexp(0))
+
+    def score(self, Y: Any, y: None = None) -> float:
+        """Mean of `score_samples`.
+
+        Parameters
+        ----------
+        Y : array_like, shape (N, D)
+        y : None
+            Not used.
+
+        Returns
+        -------
+        float
+        """
+        return float(self.score_samples(Y).astype(np.float64).mean())
+
+    def inverse_transform(self, codes: Any) -> FloatArray:
+        """Points without noise that codes stand for.
+
+        Parameters
+        ----------
+        codes : array_like, shape (N, H)
+
+        Returns
+        -------
+        ndarray, shape (N, D)
+        """
+        check_is_fitted(self, "components_")
+        array = np.asarray(codes)
+        if array.ndim != 2 or array.shape[1] != len(self.components_):
+            raise ValueError(f"codes: expected shape (N, {len(self.components_)}), got {array.shape}")
+        return self._decode(array).astype(self.components_.dtype)
+
+    def sample(self, n_samples: int = 1, random_state: RandomState = 0) -> tuple[FloatArray, FloatArray]:
+        """Draw points from the model.
+
+        Parameters
+        ----------
+        n_samples : int, default 1
+        random_state : int, Generator, RandomState or None, default 0
+
+        Returns
+        -------
+        Y : ndarray, shape (n_samples, D)
+        codes : ndarray, shape (n_samples, H)
+        """
+        check_is_fitted(self, "components_")
+        if not (is_integer(n_samples) and n_samples >= 1):
+            raise ValueError(f"n_samples: expected an integer of at least 1, got {n_samples!r}")
+        rng = np.random.default_rng(make_generator(random_state).initial_seed())
+        codes = self._draw(n_samples, rng)
+        mean = self._decode(codes)
+        drawn = mean + self.noise_std_ * rng.normal(size=mean.shape)
+        return drawn.astype(self.components_.dtype), codes.astype(self.components_.dtype)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted model to one file; `probtensor.load` reads it.
+
+        Parameters
+        ----------
+        path : path-like
+        """
+        check_is_fitted(self, "components_")
+        params = self.get_params(deep=False)
+        if not is_integer(params["random_state"]):
+            params["random_state"] = None
+        meta = {
+            "params": {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()},
+            "bound_history": self.bound_history_,
+            "n_iter": self.n_iter_,
+            "converged": self.converged_,
+        }
+        arrays = {f"params.{name}": value for name, value in self._params._asdict().items()}
+        arrays |= {f"history.{name}": value for name, value in self.parameter_history_.items()}
+        if self._sums is not None:
+            arrays["sums"] = self._sums
+        write_state(path, f"{type(self).__module__}.{type(self).__qualname__}", arrays, meta)
+
+    @classmethod
+    def from_state(cls, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Self:
+        """Fitted estimator from what `save` wrote; use `probtensor.load`."""
+        params = dict(meta["params"])
+        if str(params["device"]).startswith("cuda") and not torch.cuda.is_available():
+            params["device"] = "cpu"
+        model = cls(**params)
+        device = resolve_device(model.device)
+        named = {name[7:]: value.to(device) for name, value in arrays.items() if name.startswith("params.")}
+        model.bound_history_, model.n_iter_ = list(meta["bound_history"]), meta["n_iter"]
+        model.converged_ = meta["converged"]
+        model.parameter_history_ = {
+            name[8:]: value.numpy() for name, value in arrays.items() if name.startswith("history.")
+        }
+        model._sums = arrays["sums"].to(device) if "sums" in arrays else None
+        model.n_features_in_ = len(named["W"])
+        model.dtype_ = np.dtype(np.float32 if named["W"].dtype == torch.float32 else np.float64)
+        model._set(model._model().parameters(**named))
+        return model
+
+    @property
+    def bound_(self) -> float:
+        """Lower bound of the log-likelihood of the training points, a point."""
+        check_is_fitted(self, "bound_history_")
+        return self.bound_history_[-1]
+
+    @abstractmethod
+    def _model(self) -> Any:
+        """The model's mathematics."""
+
+    @abstractmethod
+    def _set_prior(self, params: Any) -> None:
+        """Set ``prior_`` and whatever else belongs to the prior."""
+
+    @abstractmethod
+    def _prior_history(self, params: Any) -> dict[str, Tensor]:
+        """What of the prior `parameter_history_` keeps."""
+
+    @abstractmethod
+    def _draw(self, n_samples: int, rng: np.random.Generator) -> FloatArray:
+        """Codes from the prior."""
+
+    def _values(self) -> tuple[float, ...]:
+        """Values of a cause other than zero."""
+        return (1.0,)
+
+    def _decode(self, codes: FloatArray) -> FloatArray:
+        return np.asarray(codes @ self.components_.astype(np.float64))
+
+    def _fit(self, Y: Any, comm: Comm, start: Any) -> Self:
+        refuse_together(comm, self._check)
+        array = self._array(Y, comm)
+        single = b"yes" if array.dtype == np.float32 else b"no"
+        self.dtype_ = np.dtype(np.float32 if set(comm.gather_bytes(single)) == {b"yes"} else np.float64)
+        blocks = self._blocks(array, 0, False)
+        if comm.size > 1:
+            array, first = deal_points(array, blocks.size, comm)
+            blocks = self._blocks(array, first, False)
+        summary = summarise(blocks, comm)
+        if summary.n_points == 0:
+            raise ValueError("Y: expected at least one point, got none")
+        blocks = self._blocks(array, blocks.first, summary.masked)
+        H = self.n_components
+        schedule = Schedule(
+            self.temperature,
+            self.annealing,
+            self.renewals,
+            SAMPLE + SAMPLE_A_COMPONENT * H,
+            self.max_iter,
+            self.tol,
+        )
+        limited = self.states == "selected" and self._max_active() < H
+        with threads_for(summary.n_points):
+            result = fit_dictionary(
+                self._model(),
+                blocks,
+                summary,
+                self._selection(),
+                schedule,
+                n_components=H,
+                comm=comm,
+                generator=make_generator(self.random_state),
+                cut=DataCut(H, self._max_active()) if self.data_cut and limited else None,
+                start=start,
+                progress=self.progress,
+            )
+        self.n_features_in_, self._sums = array.shape[1], None
+        self._keep(result)
+        return self
+
+    def _keep(self, result: Result[Any]) -> None:
+        self.bound_history_, self.n_iter_ = result.bound_history, result.n_iter
+        self.converged_ = result.converged
+        seen = [self._prior_history(params) | {"noise_std": params.variance.sqrt()} for params in result.params_history]
+        self.parameter_history_ = {name: torch.stack([x[name] for x in seen]).cpu().numpy() for name in seen[0]}
+        self._set(result.params)
+
+    def _set(self, params: Any) -> None:
+        self._params = params
+        self.components_ = params.W.T.contiguous().cpu().numpy()
+        self.noise_std_ = float(params.variance.sqrt())
+        self._set_prior(params)
+
+    def _check(self) -> None:
+        for name, least in (("n_components", 1), ("n_candidates", 1), ("max_active", 1), ("n_states", 2)):
+            value = getattr(self, name)
+            if not (is_integer(value) and value >= least):
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        for name in ("annealing", "renewals", "max_iter"):
+            value = getattr(self, name)
+            if not (is_integer(value) and value >= 0):
+                raise ValueError(f"{name}: expected an integer of at least 0, got {value!r}")
+        if not (is_number(self.tol) and self.tol >= 0):
+            raise ValueError(f"tol: expected a number of at least 0, got {self.tol!r}")
+        if not (is_number(self.temperature) and self.temperature >= 1):
+            raise ValueError(f"temperature: expected a number of at least 1, got {self.temperature!r}")
+        if self.states not in ("selected", "evolved", "all"):
+            raise ValueError(f'states: expected "selected", "evolved" or "all", got {self.states!r}')
+        n_all = (1 + len(self._values())) ** self.n_components
+        if self.states == "all" and n_all > MAX_EVERY:
+            raise ValueError(f'states: expected "selected" or "evolved" for {n_all:.3g} states, got "all"')
+
+    def _candidates(self) -> int:
+        return min(self.n_candidates, self.n_components)
+
+    def _max_active(self) -> int:
+        return min(self.max_active, self._candidates() if self.states == "selected" else self.n_components)
+
+    def _selection(self) -> Selection:
+        H, values = self.n_components, self._values()
+        like = torch.zeros((), dtype=self._dtype(), device=resolve_device(self.device))
+        if self.states == "all":
+            return Everything(every_state(H, values, like))
+        if self.states == "evolved":
+            return Evolution(self.n_states, self._max_active(), H, values)
+        return Preselection(few_active(self._candidates(), self._max_active(), values, like), H)
+
+    def _dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype_ == np.float32 else torch.float64
+
+    def _blocks(self, array: npt.NDArray[Any], first: int, masked: bool) -> PointBlocks:
+        device = resolve_device(self.device)
+        selection = self._selection()
+        n_states = self.n_states if isinstance(selection, Evolution) else selection.table.n_states(self.n_components)
+        budget = (GPU_BLOCK if device.type == "cuda" else BLOCK) // max(n_states, array.shape[1])
+        size = min(max(2 ** int(np.log2(max(budget, 1))), 32), 2**18 if device.type == "cuda" else 512)
+        return PointBlocks(array, size, first, masked, self._dtype(), device)
+
+    def _array(self, Y: Any, comm: Comm) -> npt.NDArray[Any]:
+        """Y as a two-dimensional array of floating-point numbers, checked on all ranks."""
+
+        def check() -> npt.NDArray[Any]:
+            array = Y if isinstance(Y, np.memmap) else np.asarray(Y.detach().cpu() if isinstance(Y, Tensor) else Y)
+            if array.ndim != 2:
+                raise ValueError(f"Y: expected shape (N, D), got {array.shape}")
+            if array.dtype.kind not in "fiub":
+                raise ValueError(f"Y: expected numbers, got dtype {array.dtype}")
+            if array.shape[1] == 0:
+                raise ValueError("Y: expected at least one entry a point, got none")
+            if array.dtype.kind != "f":
+                array = array.astype(np.float64)
+            for start in range(0, len(array), 2**16):
+                bad = np.isinf(array[start : start + 2**16])
+                if bad.any():
+                    row, column = (int(x[0]) for x in bad.nonzero())
+                    raise ValueError(
+                        f"Y: expected finite entries (NaN where missing), got {array[start + row, column]} in row "
+                        f"{start + row}, column {column}"
+                    )
+            self._check_values(array)
+            return array
+
+        array = refuse_together(comm, check)
+        widths = {int.from_bytes(data, "little") for data in comm.gather_bytes(array.shape[1].to_bytes(8, "little"))}
+        if len(widths) > 1:
+            raise ValueError(f"Y: expected the same number of entries a point on all ranks, got {sorted(widths)}")
+        return array
+
+    def _array_like_fitted(self, Y: Any) -> npt.NDArray[Any]:
+        check_is_fitted(self, "components_")
+        array = self._array(Y, Serial())
+        if array.shape[1] != self.n_features_in_:
+            raise ValueError(f"Y: expected {self.n_features_in_} entries a point, got {array.shape[1]}")
+        return array
+
+    def _check_values(self, array: npt.NDArray[Any]) -> None:
+        """Refuse values that the model cannot have."""
+
+    def _posterior(self, points: Points) -> Posterior:
+        states, joint, _ = self._selection().step(self._model(), self._params, points, None, 0)
+        return Posterior(points, states, joint, joint.softmax(0))
+
+    def _each(self, Y: Any, what: Callable[[Posterior], Tensor]) -> FloatArray:
+        """What is asked of the posterior of each point, block by block."""
+        array = self._array_like_fitted(Y)
+        blocks = self._blocks(array, 0, any_missing(array))
+        with torch.no_grad(), threads_for(len(array)):
+            parts = [what(self._posterior(blocks[number])).cpu() for number in range(len(blocks))]
+        return torch.cat(parts).numpy()

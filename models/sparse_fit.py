@@ -1,0 +1,177 @@
+"""How a sparse-coding model is fitted: a start from data, annealing, renewal of components, then EM on all points.
+
+A dictionary's likelihood has many local optima: two components that share a cause, one that holds two. Annealing with
+noise on the dictionary finds most causes. Then the component that is missed least if it were gone is begun anew as what
+a badly explained point leaves unexplained, some steps of EM follow, and the result stays if the bound is higher: that
+moves components from where there are too many to where there are too few. Both happen on some thousand points; all
+points have their say afterwards.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probtensor.blocks import add_up
+from probtensor.comm import Comm
+from probtensor.inference.points import PointBlocks, Points, Summary
+from probtensor.inference.truncated_em import DataCut, Result, Selection, TruncatedModel, run
+
+__all__ = ["Schedule", "fit_dictionary"]
+
+P = TypeVar("P")
+
+START = 0.25  # of the data's standard deviation, in the first dictionary, beside the mean
+NOISE = 1.0  # of the noise's standard deviation, on the dictionary while annealing is in its first half; then less
+SETTLE = 15  # steps after annealing, and
+TRIAL = 10  # after a renewal, before the bounds are compared
+FAILURES = 4  # renewals in a row without success that end it
+WORST_OF = 32  # points among which the worst explained one is looked for
+GAIN = 1e-3  # nats a point that make a renewal a success
+
+
+class Schedule(NamedTuple):
+    """Lengths of the phases of a fit.
+
+    Attributes
+    ----------
+    temperature : float
+        At the start of annealing; 1: none.
+    annealing : int
+        Steps from there to one.
+    renewals : int
+        At most.
+    points : int
+        That annealing and renewals take into account; all where there are fewer than twice as many.
+    max_iter : int
+        Steps on all points at most.
+    tol : float
+        See `run`.
+    """
+
+    temperature: float
+    annealing: int
+    renewals: int
+    points: int
+    max_iter: int
+    tol: float
+
+    def at(self, step: int) -> float:
+        """Temperature of a step."""
+        if self.annealing == 0:
+            return 1.0
+        return max(1.0, self.temperature - (self.temperature - 1) * step / self.annealing)
+
+
+def fit_dictionary(
+    model: Any,
+    blocks: PointBlocks,
+    summary: Summary,
+    selection: Selection,
+    schedule: Schedule,
+    *,
+    n_components: int,
+    comm: Comm,
+    generator: torch.Generator,
+    cut: DataCut | None,
+    start: Any = None,
+    progress: bool = True,
+) -> Result[Any]:
+    """Fit a model to all ranks' points; from `start` on without annealing, where parameters are given.
+
+    Returns
+    -------
+    Result
+        Of the last phase.
+    """
+    like = torch.zeros((), dtype=blocks.dtype, device=blocks.device)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    few, first = _sample(blocks, summary.n_points, schedule.points)
+
+    def go(params: Any, blocks: Sequence[Points], first: int, steps: int, tol: float, **more: Any) -> Result[Any]:
+        more = {"temperature": lambda step: 1.0, "progress": False, "cut": None, **more}
+        return run(
+            model, params, blocks, selection, comm=comm, max_iter=steps, tol=tol, first_block=first, seed=seed, **more
+        )
+
+    if start is None:
+        mean, variance = (torch.from_numpy(x).to(like) for x in (summary.mean, summary.variance))
+        noise = torch.randn(len(mean), n_components, generator=generator, dtype=torch.float64).to(like)
+        deviation = variance.sqrt().mean().clamp(min=torch.finfo(like.dtype).tiny ** 0.25)
+        W = mean[:, None] + START * deviation * noise
+        params = model.start(W, deviation**2, 1 / n_components)
+
+        def shaken(params: Any, step: int) -> Any:
+            T = schedule.at(step)
+            if T <= 1:
+                return params
+            size = NOISE * min(1.0, 2 * (T - 1) / (schedule.temperature - 1)) * params.variance.sqrt()
+            noise = torch.randn(params.W.shape, generator=generator, dtype=torch.float64).to(params.W)
+            return model.towards(params, params._replace(W=params.W + size * noise), 1.0)
+
+        steps = schedule.annealing + SETTLE
+        found = go(params, few, first, steps, 1e-4, temperature=schedule.at, between=shaken, quiet=True)
+        failures = 0
+        for number in range(schedule.renewals):
+            if failures >= FAILURES or n_components == 1:
+                break
+            params = _renewed(model, found.params, few, first, selection, comm, generator, seed + number)
+            tried = go(params, few, first, TRIAL, 1e-4, quiet=True)
+            success = tried.bound_history[-1] > found.bound_history[-1] + GAIN
+            found, failures = (tried, 0) if success else (found, failures + 1)
+        start = found.params
+    return go(start, blocks, blocks.first, schedule.max_iter, schedule.tol, cut=cut, progress=progress)
+
+
+def _sample(blocks: PointBlocks, n_points: int, wanted: int) -> tuple[Sequence[Points], int]:
+    """Every so many blocks of all ranks', and the number of the first here."""
+    every = max(1, n_points // max(wanted, 1))
+    if every == 1:
+        return [blocks[number] for number in range(len(blocks))], blocks.first
+    chosen = [number for number in range(len(blocks)) if (blocks.first + number) % every == 0]
+    empty = blocks[0].take(torch.arange(0, device=blocks.device))
+    return [blocks[number] for number in chosen] or [empty], blocks.first
+
+
+def _renewed(
+    model: TruncatedModel[Any],
+    params: Any,
+    blocks: Sequence[Points],
+    first: int,
+    selection: Selection,
+    comm: Comm,
+    generator: torch.Generator,
+    seed: int,
+) -> Any:
+    """Parameters with a component that is hardly missed begun anew from a point that is badly explained."""
+    n_points = float(comm.sum(torch.tensor([float(sum(len(points.y) for points in blocks))], dtype=torch.float64)))
+    offers: list[tuple[float, Tensor]] = []
+
+    def missed(number: int) -> Tensor:
+        """What leaving each component out would cost, given the states."""
+        points = blocks[number]
+        states, joint, _ = selection.step(model, params, points, None, seed)
+        log_z = joint.logsumexp(0)
+        q = (joint - log_z).exp()
+        own = torch.Generator().manual_seed((seed * 1_000_003 + first + number) % 2**63)
+        drawn = torch.rand(len(points.y), generator=own) < WORST_OF / n_points
+        if drawn.any():
+            index = drawn.nonzero().squeeze(-1).to(log_z.device)
+            worst = index[log_z[index].argmin()]
+            left = points.y - model.reconstruct(params, points, states, q)
+            left = left if points.seen is None else left * points.seen
+            offers.append((float(log_z[worst]), left[worst].cpu().double()))
+        return -torch.log1p(-states.inclusion(q).clamp(max=1 - 1e-12)).sum(1)
+
+    cost = comm.sum(*add_up(missed(number) for number in range(len(blocks))))
+    offer = min(offers, key=lambda pair: pair[0], default=None)
+    data = b"" if offer is None else np.concatenate([[offer[0]], offer[1].numpy()]).tobytes()
+    table = [np.frombuffer(bytes_) for bytes_ in comm.gather_bytes(data) if bytes_]
+    order = cost.argsort()[:2]
+    component = int(order[int(torch.randint(len(order), (1,), generator=generator))])
+    if not table:
+        return params
+    direction = torch.from_numpy(min(table, key=lambda row: row[0])[1:].copy()).to(params.W)
+    return model.renew(params, component, direction)
