@@ -46,6 +46,11 @@ class Evolution:
     n_components: int
     values: Sequence[float]
 
+    @property
+    def states_per_point(self) -> int:
+        """How many states each point has, children of a step included."""
+        return self.n_states + PARENTS * CHILDREN
+
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
     ) -> tuple[Own, Tensor, Tensor | None]:

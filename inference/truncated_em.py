@@ -95,6 +95,11 @@ class TruncatedModel(Protocol[P]):
 class Selection(Protocol):
     """Which states each point has."""
 
+    @property
+    def states_per_point(self) -> int:
+        """How many."""
+        ...
+
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
     ) -> tuple[Selected | Own, Tensor, Tensor | None]:
@@ -111,6 +116,11 @@ class Preselection:
 
     table: StateTable
     n_components: int
+
+    @property
+    def states_per_point(self) -> int:
+        """How many states each point has."""
+        return self.table.n_states(self.n_components)
 
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
@@ -138,6 +148,11 @@ class Everything:
     """All states of a table over all components: exact EM where it holds all states there are."""
 
     table: StateTable
+
+    @property
+    def states_per_point(self) -> int:
+        """How many states each point has."""
+        return len(self.table.values)
 
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
@@ -329,14 +344,13 @@ def run(
                 evidence.learn(total[1 : 1 + evidence.size], n_points, 1 - cut.moments(model.activity(params))[0])
             bar.update()
             bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
-            fell = guarded and good is not None and bound < history[-1] - ROUNDING * max(abs(bound), 1.0)
-            if fell and share > SHORTEST and step < max_iter:
-                share /= 2
-                kept = list(good[1])
-                params = model.towards(good[0], target, share)
-                continue
-            if fell:  # no step from there leads up
-                assert good is not None
+            if guarded and good is not None and bound < history[-1] - ROUNDING * max(abs(bound), 1.0):
+                if share > SHORTEST and step < max_iter:
+                    share /= 2
+                    kept = list(good[1])
+                    params = model.towards(good[0], target, share)
+                    continue
+                # No step from there leads up.
                 return Result(good[0], history, params_history, n_updates, True)
             if T == 1:
                 kept = chosen

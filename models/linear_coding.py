@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Gram, Own, Selected, pursue
-from probtensor.inference.truncated_em import Points
 
 __all__ = ["LinearCoding", "LinearParameters"]
 
@@ -100,7 +100,7 @@ class LinearCoding:
         D, H = params.W.shape
         V = len(self.values)
         sizes = [D * H, D * H * H if masked else H * H, V, 1, 1, 1]
-        first, second, counts, n_points, n_seen, square = statistics.split(sizes)
+        first, second, counts, n_points, n_seen, square = torch.split(statistics, sizes)
         first = first.reshape(D, H)
         W, explained = solve_rows(first, second.reshape(-1, H, H), params.W)
         variance = ((square - explained) / n_seen).squeeze(0)

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Own, Selected
-from probtensor.inference.truncated_em import Points
 
 __all__ = ["MaxCoding", "MaxParameters"]
 
@@ -135,7 +135,7 @@ class MaxCoding:
     def update(self, params: MaxParameters, statistics: Tensor, masked: bool, correction: float = 1.0) -> MaxParameters:
         """The M-step, with the winners as they were; see `TruncatedModel` for `correction`."""
         D, H = params.W.shape
-        weighted, weight, active, n_points, n_seen, error = statistics.split([D * H, D * H, 1, 1, 1, 1])
+        weighted, weight, active, n_points, n_seen, error = torch.split(statistics, [D * H, D * H, 1, 1, 1, 1])
         tiny = torch.finfo(weight.dtype).tiny ** 0.5
         W = torch.where(weight > tiny, weighted / weight.clamp(min=tiny), params.W.reshape(-1)).reshape(D, H)
         if not self.signed:

@@ -442,7 +442,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _blocks(self, array: npt.NDArray[Any], first: int, masked: bool) -> PointBlocks:
         device = resolve_device(self.device)
         selection = self._selection()
-        n_states = self.n_states if isinstance(selection, Evolution) else selection.table.n_states(self.n_components)
+        n_states = selection.states_per_point
         budget = (GPU_BLOCK if device.type == "cuda" else BLOCK) // max(n_states, array.shape[1])
         size = min(max(2 ** int(np.log2(max(budget, 1))), 32), 2**18 if device.type == "cuda" else 512)
         return PointBlocks(array, size, first, masked, self._dtype(), device)

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Gram, Own, Selected, pair_places, pursue, sum_of_pairs
-from probtensor.inference.truncated_em import Points
 from probtensor.models.linear_coding import solve_rows
 
 __all__ = ["SlabParameters", "SpikeSlab"]
@@ -144,8 +144,7 @@ class SpikeSlab:
     def statistics(self, params: SlabParameters, points: Points, states: Selected | Own, q: Tensor) -> Tensor:
         """Sums over points for `update`, packed into one dimension."""
         used, mean, second, t, K = self._moments(params, points, states, q)
-        parts = [points.y.T @ mean.T, second if points.seen is None else second[0], used, mean.sum(1)]
-        parts += [(second if points.seen is None else second[1]).diagonal()]
+        parts = [points.y.T @ mean.T, second[0], used, mean.sum(1), second[1].diagonal()]
         if self.full:
             parts += [t, K]
         return torch.cat([x.reshape(-1) for x in (*parts, *points.sums())])
@@ -158,7 +157,7 @@ class SpikeSlab:
         """The M-step: the optimum of all parameters; see `TruncatedModel` for `correction`."""
         D, H = params.W.shape
         sizes = [D * H, D * H * H if masked else H * H, H, H, H, *([H, H * H] if self.full else []), 1, 1, 1]
-        first, second, used, mean, square_mean, *slabs, n_points, n_seen, square = statistics.split(sizes)
+        first, second, used, mean, square_mean, *slabs, n_points, n_seen, square = torch.split(statistics, sizes)
         W, explained = solve_rows(first.reshape(D, H), second.reshape(-1, H, H), params.W)
         tiny = torch.finfo(used.dtype).tiny ** 0.5
         prob = (correction * used / n_points).clamp(tiny, 1 - torch.finfo(used.dtype).eps)
@@ -270,14 +269,12 @@ class SpikeSlab:
 
     def _moments(
         self, params: SlabParameters, points: Points, states: Selected | Own, q: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Sums ``<s>`` (H,), means ``<s z>`` (H, n), sums of ``<sz (sz)'>``, and what a full ``Psi`` needs."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Sums ``<s>``, means ``<s z>`` (H, n), sums ``<sz (sz)'>`` (by entry; over all), and for a full ``Psi``."""
         b, gram = self._messages(params, points)
         H, n = b.shape
-        if isinstance(states, Own):
-            index = torch.arange(H, device=b.device)[:, None].expand(H, n)
-        else:
-            index = states.index
+        everything = torch.arange(H, device=b.device)[:, None].expand(H, n)
+        index = everything if isinstance(states, Own) else states.index
         i, _ = pair_places(len(index), b.device)
         inside, diagonal = b.new_zeros(len(i), n), b.new_zeros(H, n)
         mean, t, K_inside, K_diagonal = b.new_zeros(H, n), b.new_zeros(H, n), b.new_zeros(len(i), n), b.new_zeros(H, n)
@@ -311,9 +308,9 @@ class SpikeSlab:
                     change = change * (active.on[:, None] & active.on[None])
                 t.scatter_add_(0, flat, (weight * moved).reshape(-1, n))
                 _add_pairs(K_inside, active, weight * change)
-        second = sum_of_pairs(torch.cat([inside, diagonal]), index, H, points.seen)
-        if points.seen is not None:
-            second = second, sum_of_pairs(torch.cat([inside, diagonal]), index, H, None)
+        pairs = torch.cat([inside, diagonal])
+        whole = sum_of_pairs(pairs, index, H, None)
+        second = whole if points.seen is None else sum_of_pairs(pairs, index, H, points.seen), whole
         K = sum_of_pairs(torch.cat([K_inside, K_diagonal]), index, H, None) if self.full else t[:0]
         return states.inclusion(q).sum(1), mean, second, t.sum(1), K
 
