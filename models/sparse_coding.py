@@ -32,6 +32,7 @@ FloatArray = npt.NDArray[np.floating[Any]]
 SAMPLE = 1000  # points, and this many a component more, for annealing and renewals
 SAMPLE_A_COMPONENT = 20
 BLOCK, GPU_BLOCK = 2**19, 2**27  # numbers in the largest array of a block of points
+SEARCH_CANDIDATES, SEARCH_ACTIVE = 6, 3  # in annealing and renewals
 MAX_EVERY = 2**16  # states that full enumeration takes at most
 
 
@@ -376,7 +377,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 self._model(),
                 blocks,
                 summary,
-                self._selection(),
+                (self._selection(SEARCH_CANDIDATES, SEARCH_ACTIVE), self._selection()),
                 schedule,
                 n_components=H,
                 comm=comm,
@@ -427,14 +428,17 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _max_active(self) -> int:
         return min(self.max_active, self._candidates() if self.states == "selected" else self.n_components)
 
-    def _selection(self) -> Selection:
+    def _selection(self, n_candidates: int = MAX_EVERY, max_active: int = MAX_EVERY) -> Selection:
+        """Which states points have; with fewer candidates and components in use, if need be."""
         H, values = self.n_components, self._values()
         like = torch.zeros((), dtype=self._dtype(), device=resolve_device(self.device))
         if self.states == "all":
             return Everything(every_state(H, values, like))
         if self.states == "evolved":
             return Evolution(self.n_states, self._max_active(), H, values)
-        return Preselection(few_active(self._candidates(), self._max_active(), values, like), H)
+        n_candidates = min(n_candidates, self._candidates())
+        max_active = min(max_active, self._max_active(), n_candidates)
+        return Preselection(few_active(n_candidates, max_active, values, like), H)
 
     def _dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype_ == np.float32 else torch.float64

@@ -27,8 +27,10 @@ START = 0.25  # of the data's standard deviation, in the first dictionary, besid
 NOISE = 1.0  # of the noise's standard deviation, on the dictionary while annealing is in its first half; then less
 SETTLE = 15  # steps after annealing, and
 TRIAL = 10  # after a renewal, before the bounds are compared
-FAILURES = 4  # renewals in a row without success that end it
+FAILURES = 6  # renewals in a row without success that end it
 WORST_OF = 32  # points among which the worst explained one is looked for
+RELATED = 0.2  # correlation of use from which on two components may share a cause
+ORTHOGONAL = 0.1  # square of the cosine up to which a pair is turned
 GAIN = 1e-3  # nats a point that make a renewal a success
 
 
@@ -69,7 +71,7 @@ def fit_dictionary(
     model: Any,
     blocks: PointBlocks,
     summary: Summary,
-    selection: Selection,
+    selections: tuple[Selection, Selection],
     schedule: Schedule,
     *,
     n_components: int,
@@ -81,20 +83,21 @@ def fit_dictionary(
 ) -> Result[Any]:
     """Fit a model to all ranks' points; from `start` on without annealing, where parameters are given.
 
+    The first of `selections` serves the search for a good dictionary, the second the fit to all points.
+
     Returns
     -------
     Result
         Of the last phase.
     """
     like = torch.zeros((), dtype=blocks.dtype, device=blocks.device)
+    search, selection = selections
     seed = int(torch.randint(2**31, (1,), generator=generator))
     few, first = _sample(blocks, summary.n_points, schedule.points)
 
     def go(params: Any, blocks: Sequence[Points], first: int, steps: int, tol: float, **more: Any) -> Result[Any]:
-        more = {"temperature": lambda step: 1.0, "progress": False, "cut": None, **more}
-        return run(
-            model, params, blocks, selection, comm=comm, max_iter=steps, tol=tol, first_block=first, seed=seed, **more
-        )
+        more = {"temperature": lambda step: 1.0, "progress": False, "cut": None, "selection": search, **more}
+        return run(model, params, blocks, comm=comm, max_iter=steps, tol=tol, first_block=first, seed=seed, **more)
 
     if start is None:
         mean, variance = (torch.from_numpy(x).to(like) for x in (summary.mean, summary.variance))
@@ -117,12 +120,14 @@ def fit_dictionary(
         for number in range(schedule.renewals):
             if failures >= FAILURES or n_components == 1:
                 break
-            params = _renewed(model, found.params, few, first, selection, comm, generator, seed + number)
+            params = _renewed(model, found.params, few, first, search, comm, generator, seed + number)
             tried = go(params, few, first, TRIAL, 1e-4, quiet=True)
             success = tried.bound_history[-1] > found.bound_history[-1] + GAIN
             found, failures = (tried, 0) if success else (found, failures + 1)
         start = found.params
-    return go(start, blocks, blocks.first, schedule.max_iter, schedule.tol, cut=cut, progress=progress)
+    return go(
+        start, blocks, blocks.first, schedule.max_iter, schedule.tol, selection=selection, cut=cut, progress=progress
+    )
 
 
 def _sample(blocks: PointBlocks, n_points: int, wanted: int) -> tuple[Sequence[Points], int]:
@@ -145,12 +150,16 @@ def _renewed(
     generator: torch.Generator,
     seed: int,
 ) -> Any:
-    """Parameters with a component that is hardly missed begun anew from a point that is badly explained."""
+    """Parameters with a component begun anew: from a point that is badly explained, or from a pair in use together.
+
+    Where one component holds two causes and another one of these, the first without its projection on the other is the
+    second cause alone. Where both hold both, one with the opposite sign, their sum and difference are the causes.
+    """
     n_points = float(comm.sum(torch.tensor([float(sum(len(points.y) for points in blocks))], dtype=torch.float64)))
     offers: list[tuple[float, Tensor]] = []
 
-    def missed(number: int) -> Tensor:
-        """What leaving each component out would cost, given the states."""
+    def use(number: int) -> Tensor:
+        """What leaving each component out would cost, its use, and the use of pairs, summed over points."""
         points = blocks[number]
         states, joint, _ = selection.step(model, params, points, None, seed)
         log_z = joint.logsumexp(0)
@@ -163,15 +172,33 @@ def _renewed(
             left = points.y - model.reconstruct(params, points, states, q)
             left = left if points.seen is None else left * points.seen
             offers.append((float(log_z[worst]), left[worst].cpu().double()))
-        return -torch.log1p(-states.inclusion(q).clamp(max=1 - 1e-12)).sum(1)
+        inclusion = states.inclusion(q)
+        cost = -torch.log1p(-inclusion.clamp(max=1 - 1e-12)).sum(1)
+        return torch.cat([cost[:, None], inclusion.sum(1)[:, None], inclusion @ inclusion.T], dim=1)
 
-    cost = comm.sum(*add_up(missed(number) for number in range(len(blocks))))
-    offer = min(offers, key=lambda pair: pair[0], default=None)
-    data = b"" if offer is None else np.concatenate([[offer[0]], offer[1].numpy()]).tobytes()
+    total = comm.sum(*add_up(use(number) for number in range(len(blocks)))).cpu()
+    data = b""
+    if offers:
+        evidence, left = min(offers, key=lambda pair: pair[0])
+        data = np.concatenate([[evidence], left.numpy()]).tobytes()
     table = [np.frombuffer(bytes_) for bytes_ in comm.gather_bytes(data) if bytes_]
-    order = cost.argsort()[:2]
-    component = int(order[int(torch.randint(len(order), (1,), generator=generator))])
+    draw = torch.rand(3, generator=generator).tolist()
+    cost, share, together = total[:, 0], total[:, 1] / n_points, total[:, 2:] / n_points
+    covariance = together - share[:, None] * share
+    spread = covariance.diagonal().clamp(min=1e-12).sqrt()
+    related = (covariance / (spread[:, None] * spread)).triu(1).reshape(-1)
+    strongest = related.topk(min(3, len(related)))
+    if draw[0] < 0.5 and strongest.values[0] > RELATED:
+        n = int((strongest.values > RELATED).sum())
+        pair = divmod(int(strongest.indices[int(draw[1] * n)]), len(cost))
+        changed, other = pair if draw[2] < 0.5 else pair[::-1]
+        column, beside = params.W[:, changed], params.W[:, other]
+        product = column @ beside
+        if product**2 > ORTHOGONAL * (column @ column) * (beside @ beside):
+            return model.renew(params, changed, column - product / (beside @ beside) * beside)
+        return model.renew(model.renew(params, changed, column + beside), other, column - beside)
     if not table:
         return params
+    component = int(cost.argsort()[int(draw[1] * min(2, len(cost)))])
     direction = torch.from_numpy(min(table, key=lambda row: row[0])[1:].copy()).to(params.W)
     return model.renew(params, component, direction)
