@@ -97,13 +97,19 @@ class Element(NamedTuple):
     """A block of steps: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of that one.
 
     That is ``exp(eta' x - x' J x / 2)``, up to a constant. All tensors have the blocks as first dimension.
+
+    Attributes
+    ----------
+    A : Tensor, shape (n, D, D)
+    state : Tensor, shape (n, D, D + S)
+        ``[C, b]``.
+    information : Tensor, shape (n, D, D + S)
+        ``[J, eta]``.
     """
 
     A: Tensor
-    b: Tensor
-    C: Tensor
-    eta: Tensor
-    J: Tensor
+    state: Tensor
+    information: Tensor
 
 
 def smooth(chain: Chain, sites: Sites) -> Posterior:
@@ -121,8 +127,7 @@ def smooth(chain: Chain, sites: Sites) -> Posterior:
     Posterior
         Combine with `condition` for smoothed moments. O(T D^3) operations in O(log T) batched calls.
     """
-    levels = _levels(_elements(chain, sites))
-    return Posterior(*_forward(levels), *_backward(levels))
+    return _posterior(_levels(_elements(chain, sites)))
 
 
 def between(chain: Chain, sites: Sites, steps: Tensor) -> Element:
@@ -169,10 +174,9 @@ def smooth_between(blocks: Element, observe: Tensor, sites: Sites) -> Posterior:
         Of the M steps, with `shift` of shape (M, R).
     """
     M = len(sites.shift)
-    seen = _nothing(M + 1, blocks.C)
-    seen.J[:M], seen.eta[:M] = observe.T @ sites.precision @ observe, observe.T @ sites.shift[..., None]
-    levels = _levels(_merge(blocks, seen))
-    return Posterior(*(x[:M] for x in (*_forward(levels), *_backward(levels))))
+    seen = _nothing(M + 1, blocks.A)
+    seen.information[:M] = torch.cat(_of_state(observe, sites), dim=-1)
+    return Posterior(*(x[:M] for x in _posterior(_levels(_merge(blocks, seen)))))
 
 
 def condition(mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,76 +276,109 @@ def site_log_normalizer(mean: Tensor, covariance: Tensor, sites: Sites) -> Tenso
     return linear + 0.5 * (quadratic - log_det)
 
 
+def _of_state(observe: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:
+    """Precision (T, D, D) and shift (T, D, S) of the sites as factors of the whole state."""
+    columns = sites.shift[..., None] if sites.shift.ndim == 2 else sites.shift
+    return observe.T @ (sites.precision @ observe), observe.T @ columns
+
+
 def _elements(chain: Chain, sites: Sites) -> Element:
     """One element a step: the transition followed by the site."""
     A, Q, H = chain
-    columns = sites.shift[..., None] if sites.shift.ndim == 2 else sites.shift
-    L, h = H.T @ sites.precision @ H, H.T @ columns  # (T, D, D), (T, D, S)
+    L, h = _of_state(H, sites)
     gain = _inverse_one_plus(Q, L)
-    C = _symmetric(gain @ Q)
-    eta, J = pull_back(A, Q, h, L)
-    return Element(gain @ A, C @ h, C, eta, J)
+    C, matrix = gain @ Q, gain @ A
+    return Element(matrix, torch.cat([C, C @ h], dim=-1), matrix.mT @ torch.cat([L @ A, h], dim=-1))
 
 
 def _nothing(n: int, like: Tensor) -> Element:
     """Blocks of no steps: the state stays as it is; `like` has shape (..., D, D)."""
     D = like.shape[-1]
     one = torch.eye(D, dtype=like.dtype, device=like.device).repeat(n, 1, 1)
-    return Element(one, *(like.new_zeros(n, D, width) for width in (1, D, 1, D)))
+    return Element(one, like.new_zeros(n, D, D + 1), like.new_zeros(n, D, D + 1))
 
 
 def _merge(first: Element, second: Element) -> Element:
     """The block `first` followed by the block `second`."""
-    gain = _inverse_one_plus(first.C, second.J)
-    forward = second.A @ gain
-    back = first.A.mT @ gain.mT
+    D = first.A.shape[-1]
+    gain = _inverse_one_plus(first.state[..., :D], second.information[..., :D])
+    forward, back = second.A @ gain, (gain @ first.A).mT
     return Element(
         A=forward @ first.A,
-        b=forward @ (first.b + first.C @ second.eta) + second.b,
-        C=_symmetric(forward @ first.C @ second.A.mT) + second.C,
-        eta=back @ (second.eta - second.J @ first.b) + first.eta,
-        J=_symmetric(back @ second.J @ first.A) + first.J,
+        state=second.state + forward @ _met(first.state, second.information, second.A.mT, 1),
+        information=first.information + back @ _met(second.information, first.state, first.A, -1),
     )
+
+
+def _met(one: Tensor, other: Tensor, matrix: Tensor, sign: int) -> Tensor:
+    """``[X matrix, x + sign X y]`` for ``[X, x]`` of `one` and ``y`` of `other`, shape (n, D, D + S)."""
+    D = matrix.shape[-1]
+    X, x, y = one[..., :D], one[..., D:], other[..., D:]
+    return torch.cat([X @ matrix, torch.add(x, X @ y, alpha=sign)], dim=-1)
+
+
+def _pairs(blocks: Element) -> tuple[Element, Element]:
+    """First and second of each pair of neighbours; an odd last block is left out."""
+    whole = len(blocks.A) // 2 * 2
+    return Element(*(x[0:whole:2] for x in blocks)), Element(*(x[1:whole:2] for x in blocks))
 
 
 def _levels(elements: Element) -> list[Element]:
     """The elements, their merged pairs, the pairs of these, … down to one block. An odd last one moves up alone."""
     levels = [elements]
-    while (n := levels[-1].A.shape[0]) > 1:
+    while (n := len(levels[-1].A)) > 1:
         below = levels[-1]
-        pairs = _merge(Element(*(x[0 : n - 1 : 2] for x in below)), Element(*(x[1::2] for x in below)))
+        merged = _merge(*_pairs(below))
         if n % 2:
-            pairs = Element(*(torch.cat([p, x[-1:]]) for p, x in zip(pairs, below, strict=True)))
-        levels.append(pairs)
+            merged = Element(*(torch.cat([m, x[-1:]]) for m, x in zip(merged, below, strict=True)))
+        levels.append(merged)
     return levels
 
 
-def _forward(levels: list[Element]) -> tuple[Tensor, Tensor]:
-    """Filtered mean (T, D, S) and covariance (T, D, D): from the state at the end of each block to those inside it."""
-    mean, covariance = levels[-1].b, levels[-1].C
-    for level in reversed(levels[:-1]):
-        even = Element(*(x[0::2] for x in level))
-        count = even.A.shape[0]
-        before_mean = torch.cat([torch.zeros_like(mean[:1]), mean[: count - 1]])
-        before_covariance = torch.cat([torch.zeros_like(covariance[:1]), covariance[: count - 1]])
-        m, P = condition(before_mean, before_covariance, even.eta, even.J)
-        half = level.A.shape[0] // 2
-        mean = _interleave(even.A @ m + even.b, mean[:half])
-        covariance = _interleave(even.A @ P @ even.A.mT + even.C, covariance[:half])
-    return mean, covariance
+def _posterior(levels: list[Element]) -> Posterior:
+    """What is known after each step: its boundary with the next."""
+    D = levels[0].A.shape[-1]
+    state, information = _forward(levels)[1:], _backward(levels)[1:]
+    return Posterior(state[..., D:], state[..., :D], information[..., D:], information[..., :D])
 
 
-def _backward(levels: list[Element]) -> tuple[Tensor, Tensor]:
-    """Shift (T, D, S) and precision (T, D, D) of what comes after each step."""
-    shift, precision = torch.zeros_like(levels[-1].eta), torch.zeros_like(levels[-1].J)
+def _forward(levels: list[Element]) -> Tensor:
+    """Filtered ``[covariance, mean]`` at the T + 1 boundaries of the steps, (T + 1, D, D + S); zero before the first."""
+    root = levels[-1].state
+    known = torch.cat([torch.zeros_like(root), root])
     for level in reversed(levels[:-1]):
-        odd = Element(*(x[1::2] for x in level))
-        half = odd.A.shape[0]
-        eta, J = pull_back(odd.A, odd.C, shift[:half] - precision[:half] @ odd.b, precision[:half])
-        last = level.A.shape[0] - 2 * half  # one more step where the number of steps is odd: it is the last
-        shift = _interleave(torch.cat([eta + odd.eta, shift[half : half + last]]), shift[:half])
-        precision = _interleave(torch.cat([J + odd.J, precision[half : half + last]]), precision[:half])
-    return shift, precision
+        first, _ = _pairs(level)
+        before = known[: len(first.A)]
+        D = before.shape[1]
+        gain = _inverse_one_plus(before[..., :D], first.information[..., :D])
+        middle = first.state + first.A @ gain @ _met(before, first.information, first.A.mT, 1)
+        known = _with_middles(known, middle, len(level.A))
+    return known
+
+
+def _backward(levels: list[Element]) -> Tensor:
+    """``[precision, shift]`` of what comes after each of the T + 1 boundaries, (T + 1, D, D + S); zero at the last."""
+    root = levels[-1].information
+    known = torch.cat([root, torch.zeros_like(root)])
+    for level in reversed(levels[:-1]):
+        _, second = _pairs(level)
+        after = known[1 : len(second.A) + 1]
+        D = after.shape[1]
+        gain = _inverse_one_plus(after[..., :D], second.state[..., :D])
+        middle = second.information + second.A.mT @ gain @ _met(after, second.state, second.A, -1)
+        known = _with_middles(known, middle, len(level.A))
+    return known
+
+
+def _with_middles(outer: Tensor, middle: Tensor, n: int) -> Tensor:
+    """What belongs to the n + 1 boundaries of blocks, from those of the pairs and those inside the pairs."""
+    half = n // 2
+    known = outer.new_empty(n + 1, *outer.shape[1:])
+    known[0::2] = outer[: half + 1]
+    known[1 : 2 * half : 2] = middle
+    if n % 2:
+        known[-1] = outer[-1]
+    return known
 
 
 def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generator) -> Tensor:
@@ -365,20 +402,13 @@ def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generato
     def noise(root: Tensor) -> Tensor:
         return root @ standard_normal((T, root.shape[-1], n_samples), root, generator)
 
-    zero = torch.zeros_like(chain.noise)
-    innovation = noise(square_root(chain.noise))
-    prior, _ = _forward(_levels(Element(chain.matrix, innovation, zero, torch.zeros_like(innovation), zero)))
+    state = torch.cat([torch.zeros_like(chain.noise), noise(square_root(chain.noise))], dim=-1)
+    levels = _levels(Element(chain.matrix, state, torch.zeros_like(state)))
+    prior = _forward(levels)[1:, :, chain.noise.shape[-1] :]
     seen = chain.observe @ prior
     replay = sites.precision @ seen + noise(square_root(sites.precision))  # the sites, had they come from this draw
     posterior = smooth(chain, Sites(sites.precision, sites.shift[..., None] - replay))
     return (prior + condition(*posterior)[0]).movedim(-1, 0)
-
-
-def _interleave(even: Tensor, odd: Tensor) -> Tensor:
-    """even[0], odd[0], even[1], odd[1], …; `even` may have one more."""
-    n = odd.shape[0]
-    pairs = torch.stack([even[:n], odd], dim=1).reshape(2 * n, *even.shape[1:])
-    return torch.cat([pairs, even[n:]])
 
 
 def _inverse_one_plus(left: Tensor, right: Tensor) -> Tensor:
