@@ -4,12 +4,12 @@ The chain is ``x_1 ~ N(0, P_1)``, ``x_j | x_{j-1} ~ N(A_j x_{j-1}, Q_j)`` and ea
 ``exp(h_j' u_j - u_j' L_j u_j / 2)`` on the observed part ``u_j = H x_j`` of the state. Sites are kept in
 this information form, so a site of precision zero, or of any rank, needs no special case.
 
-A block of consecutive steps acts on what comes before and after it through five arrays (`Element`); two blocks merge by
-`_merge`, an associative operation. Merging neighbours level by level gives log2(T) levels of batched operations, on CPU
-and GPU. Going down again, the state before a block gives the filtered state inside it, and the information after a
-block the backward information inside it; the two together are the smoothed state. No ``Q`` and no predicted
-covariance is ever inverted: steps of length zero and nearly equal coordinates are exact, and all of it is
-differentiable.
+A *block* is a run of sites and transitions in turn; it acts on what comes before and after it through five arrays
+(`Element`), and two blocks merge by `_merge`, an associative operation. Merging neighbours level by level gives log2(T)
+levels of batched operations, on CPU and GPU. Going down again, the state before a block gives the state at the
+boundaries inside it, and the information after a block gives the information there; the two together are the smoothed
+state. Each step is such a boundary: its own site belongs to what comes after. No ``Q`` and no predicted covariance is
+ever inverted: steps of length zero and nearly equal coordinates are exact, and all of it is differentiable.
 
 References
 ----------
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from probtensor.gaussian import square_root, standard_normal
+from probtensor.linalg import inverse, solve_and_log_det
 
 __all__ = [
     "Chain",
@@ -31,6 +32,7 @@ __all__ = [
     "Sites",
     "between",
     "condition",
+    "information_of",
     "log_normalizer",
     "pull_back",
     "sample",
@@ -73,16 +75,16 @@ class Chain(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """What the data say at each step: from the left (filtered) and from the right (backward information).
+    """What the data say at each step: from the left (predicted) and from the right (backward information).
 
     Attributes
     ----------
     mean : Tensor, shape (T, D, S)
-        Filtered mean: the state given the sites up to and including its own.
+        Predicted mean: the state given the sites before its own.
     covariance : Tensor, shape (T, D, D)
-        Filtered covariance.
+        Predicted covariance.
     shift : Tensor, shape (T, D, S)
-        Shift of the backward information: the likelihood of all later sites as a function of the state.
+        Shift of the backward information: the likelihood of its own and all later sites as a function of the state.
     precision : Tensor, shape (T, D, D)
         Precision of the backward information.
     """
@@ -94,7 +96,7 @@ class Posterior(NamedTuple):
 
 
 class Element(NamedTuple):
-    """A block of steps: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of that one.
+    """A block: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of that one.
 
     That is ``exp(eta' x - x' J x / 2)``, up to a constant. All tensors have the blocks as first dimension.
 
@@ -113,7 +115,7 @@ class Element(NamedTuple):
 
 
 def smooth(chain: Chain, sites: Sites) -> Posterior:
-    """Filtered states and backward information of all steps.
+    """Predicted states and backward information of all steps.
 
     Parameters
     ----------
@@ -127,7 +129,7 @@ def smooth(chain: Chain, sites: Sites) -> Posterior:
     Posterior
         Combine with `condition` for smoothed moments. O(T D^3) operations in O(log T) batched calls.
     """
-    return _posterior(_levels(_elements(chain, sites)))
+    return _posterior(_elements(chain, sites))
 
 
 def between(chain: Chain, sites: Sites, steps: Tensor) -> Element:
@@ -148,8 +150,7 @@ def between(chain: Chain, sites: Sites, steps: Tensor) -> Element:
         M + 1 blocks for `smooth_between`: one to each of the steps from the one before, the last to the chain's end.
     """
     others = Sites(*(x.index_fill(0, steps, 0.0) for x in sites))
-    end = _nothing(1, chain.noise)  # so that there is a last block even if the last step is among the steps
-    elements = Element(*(torch.cat(x) for x in zip(_elements(chain, others), end, strict=True)))
+    elements = _elements(chain, others)
     block = torch.searchsorted(steps, torch.arange(len(elements.A), device=steps.device))
     while len(block) > len(steps) + 1:
         # In each block every second element merges with the one after it.
@@ -163,7 +164,7 @@ def between(chain: Chain, sites: Sites, steps: Tensor) -> Element:
 
 
 def smooth_between(blocks: Element, observe: Tensor, sites: Sites) -> Posterior:
-    """Filtered states and backward information of some steps of a chain: what `smooth` gives there.
+    """Predicted states and backward information of some steps of a chain: what `smooth` gives there.
 
     Parameters
     ----------
@@ -173,13 +174,13 @@ def smooth_between(blocks: Element, observe: Tensor, sites: Sites) -> Posterior:
     sites : Sites
         Of the M steps, with `shift` of shape (M, R).
     """
-    M = len(sites.shift)
-    seen = _nothing(M + 1, blocks.A)
-    seen.information[:M] = torch.cat(_of_state(observe, sites), dim=-1)
-    return Posterior(*(x[:M] for x in _posterior(_levels(_merge(blocks, seen)))))
+    information = torch.cat([blocks.information[:1], blocks.information[1:] + information_of(observe, sites)])
+    return _posterior(blocks._replace(information=information))
 
 
-def condition(mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+def condition(
+    mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor, entries: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
     """Moments of ``N(mean, covariance)`` times ``exp(shift' x - x' precision x / 2)``.
 
     Parameters
@@ -187,14 +188,16 @@ def condition(mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor
     mean, shift : Tensor, shape (..., D, S)
     covariance, precision : Tensor, shape (..., D, D)
         Both may be singular.
+    entries : slice, default all
+        Which entries of ``x`` are asked for, E.
 
     Returns
     -------
-    mean : Tensor, shape (..., D, S)
-    covariance : Tensor, shape (..., D, D)
+    mean : Tensor, shape (..., E, S)
+    covariance : Tensor, shape (..., E, E)
     """
-    gain = _inverse_one_plus(covariance, precision)
-    return gain @ (mean + covariance @ shift), _symmetric(gain @ covariance)
+    gain = _inverse_one_plus(covariance, precision)[..., entries, :]
+    return gain @ (mean + covariance @ shift), _symmetric(gain @ covariance[..., entries])
 
 
 def pull_back(matrix: Tensor, noise: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,15 +242,18 @@ def log_normalizer(chain: Chain, sites: Sites, posterior: Posterior | None = Non
     A, Q, H = chain
     with torch.no_grad():
         posterior = smooth(chain, sites) if posterior is None else Posterior(*(x.detach() for x in posterior))
-        before_mean = torch.cat([torch.zeros_like(posterior.mean[:1]), posterior.mean[:-1]])
-        before_covariance = torch.cat([torch.zeros_like(posterior.covariance[:1]), posterior.covariance[:-1]])
-    mean = (A @ before_mean).squeeze(-1)
-    covariance = A @ before_covariance @ A.mT + Q
-    value = site_log_normalizer(mean @ H.T, H @ covariance @ H.T, sites).sum()
+    seen = Sites(H @ posterior.covariance @ H.T, (H @ posterior.mean).squeeze(-1))
+    value = site_log_normalizer(seen.shift, seen.precision, sites).sum()
     if not any(x.requires_grad for x in (*chain, *sites)):
         return value
-    after = Sites(posterior.precision + H.T @ sites.precision @ H, posterior.shift.squeeze(-1) + sites.shift @ H)
-    local = site_log_normalizer(mean, covariance, after).sum()
+    D = A.shape[-1]
+    own = information_of(H, sites)
+    with torch.no_grad():
+        mean, covariance = condition(posterior.mean, posterior.covariance, own[..., D:], own[..., :D])
+        mean, covariance = (torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (mean, covariance))
+    own = own - own.detach()  # it is part of the posterior's information already
+    after = Sites(posterior.precision + own[..., :D], (posterior.shift + own[..., D:]).squeeze(-1))
+    local = site_log_normalizer((A @ mean).squeeze(-1), A @ covariance @ A.mT + Q, after).sum()
     return value.detach() + (local - local.detach())
 
 
@@ -266,47 +272,45 @@ def site_log_normalizer(mean: Tensor, covariance: Tensor, sites: Sites) -> Tenso
     Tensor, shape (T,)
     """
     L, h = sites
-    one_plus = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) + covariance @ L
     Lm = (L @ mean[..., None]).squeeze(-1)
     rest = h - Lm
-    gained = torch.linalg.solve(one_plus, covariance @ rest[..., None]).squeeze(-1)
+    gained, log_det = solve_and_log_det(_one_plus(covariance, L), covariance @ rest[..., None])
     linear: Tensor = (mean * (h - 0.5 * Lm)).sum(-1)
-    log_det: Tensor = torch.linalg.slogdet(one_plus).logabsdet
-    quadratic: Tensor = (rest * gained).sum(-1)
+    quadratic: Tensor = (rest * gained.squeeze(-1)).sum(-1)
     return linear + 0.5 * (quadratic - log_det)
 
 
-def _of_state(observe: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:
-    """Precision (T, D, D) and shift (T, D, S) of the sites as factors of the whole state."""
+def information_of(observe: Tensor, sites: Sites) -> Tensor:
+    """``[precision, shift]`` of the sites as factors of the whole state, shape (T, D, D + S).
+
+    Parameters
+    ----------
+    observe : Tensor, shape (R, D)
+    sites : Sites
+    """
     columns = sites.shift[..., None] if sites.shift.ndim == 2 else sites.shift
-    return observe.T @ (sites.precision @ observe), observe.T @ columns
+    return observe.T @ torch.cat([sites.precision @ observe, columns], dim=-1)
 
 
 def _elements(chain: Chain, sites: Sites) -> Element:
-    """One element a step: the transition followed by the site."""
+    """T + 1 blocks, one to each step from the one before, with the latter's site; the last is the last step's site."""
     A, Q, H = chain
-    L, h = _of_state(H, sites)
-    gain = _inverse_one_plus(Q, L)
-    C, matrix = gain @ Q, gain @ A
-    return Element(matrix, torch.cat([C, C @ h], dim=-1), matrix.mT @ torch.cat([L @ A, h], dim=-1))
-
-
-def _nothing(n: int, like: Tensor) -> Element:
-    """Blocks of no steps: the state stays as it is; `like` has shape (..., D, D)."""
-    D = like.shape[-1]
-    one = torch.eye(D, dtype=like.dtype, device=like.device).repeat(n, 1, 1)
-    return Element(one, like.new_zeros(n, D, D + 1), like.new_zeros(n, D, D + 1))
+    known = information_of(H, sites)
+    nothing = torch.zeros_like(known[:1])
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None]
+    state = torch.cat([Q, known.new_zeros(*Q.shape[:2], known.shape[-1] - Q.shape[-1])], dim=-1)
+    return Element(torch.cat([A, one]), torch.cat([state, nothing]), torch.cat([nothing, known]))
 
 
 def _merge(first: Element, second: Element) -> Element:
     """The block `first` followed by the block `second`."""
     D = first.A.shape[-1]
     gain = _inverse_one_plus(first.state[..., :D], second.information[..., :D])
-    forward, back = second.A @ gain, (gain @ first.A).mT
+    forward, back = torch.bmm(second.A, gain), torch.bmm(gain, first.A).mT
     return Element(
-        A=forward @ first.A,
-        state=second.state + forward @ _met(first.state, second.information, second.A.mT, 1),
-        information=first.information + back @ _met(second.information, first.state, first.A, -1),
+        A=torch.bmm(forward, first.A),
+        state=torch.baddbmm(second.state, forward, _met(first.state, second.information, second.A.mT, 1)),
+        information=torch.baddbmm(first.information, back, _met(second.information, first.state, first.A, -1)),
     )
 
 
@@ -314,7 +318,7 @@ def _met(one: Tensor, other: Tensor, matrix: Tensor, sign: int) -> Tensor:
     """``[X matrix, x + sign X y]`` for ``[X, x]`` of `one` and ``y`` of `other`, shape (n, D, D + S)."""
     D = matrix.shape[-1]
     X, x, y = one[..., :D], one[..., D:], other[..., D:]
-    return torch.cat([X @ matrix, torch.add(x, X @ y, alpha=sign)], dim=-1)
+    return torch.cat([torch.bmm(X, matrix), torch.baddbmm(x, X, y, alpha=sign)], dim=-1)
 
 
 def _pairs(blocks: Element) -> tuple[Element, Element]:
@@ -335,38 +339,44 @@ def _levels(elements: Element) -> list[Element]:
     return levels
 
 
-def _posterior(levels: list[Element]) -> Posterior:
-    """What is known after each step: its boundary with the next."""
-    D = levels[0].A.shape[-1]
-    state, information = _forward(levels)[1:], _backward(levels)[1:]
+def _posterior(blocks: Element) -> Posterior:
+    """What is known at the steps between the blocks."""
+    levels = _levels(Element(*(x[:-1] for x in blocks)))
+    D = blocks.A.shape[-1]
+    state, information = _forward(levels)[1:], _backward(levels, blocks.information[-1:])[1:]
     return Posterior(state[..., D:], state[..., :D], information[..., D:], information[..., :D])
 
 
 def _forward(levels: list[Element]) -> Tensor:
-    """Filtered ``[covariance, mean]`` at the T + 1 boundaries of the steps, (T + 1, D, D + S); zero before the first."""
+    """``[covariance, mean]`` given what comes before, at the n + 1 boundaries of blocks, (n + 1, D, D + S).
+
+    Before the first block it is zero.
+    """
     root = levels[-1].state
     known = torch.cat([torch.zeros_like(root), root])
     for level in reversed(levels[:-1]):
         first, _ = _pairs(level)
+        D = first.A.shape[-1]
         before = known[: len(first.A)]
-        D = before.shape[1]
         gain = _inverse_one_plus(before[..., :D], first.information[..., :D])
-        middle = first.state + first.A @ gain @ _met(before, first.information, first.A.mT, 1)
-        known = _with_middles(known, middle, len(level.A))
+        met = _met(before, first.information, first.A.mT, 1)
+        known = _with_middles(known, torch.baddbmm(first.state, torch.bmm(first.A, gain), met), len(level.A))
     return known
 
 
-def _backward(levels: list[Element]) -> Tensor:
-    """``[precision, shift]`` of what comes after each of the T + 1 boundaries, (T + 1, D, D + S); zero at the last."""
-    root = levels[-1].information
-    known = torch.cat([root, torch.zeros_like(root)])
+def _backward(levels: list[Element], end: Tensor) -> Tensor:
+    """``[precision, shift]`` of what comes after, at the n + 1 boundaries of blocks but the first, (n + 1, D, D + S).
+
+    After the last block comes `end`, (1, D, D + S).
+    """
+    known = torch.cat([levels[-1].information, end])
     for level in reversed(levels[:-1]):
         _, second = _pairs(level)
+        D = second.A.shape[-1]
         after = known[1 : len(second.A) + 1]
-        D = after.shape[1]
         gain = _inverse_one_plus(after[..., :D], second.state[..., :D])
-        middle = second.information + second.A.mT @ gain @ _met(after, second.state, second.A, -1)
-        known = _with_middles(known, middle, len(level.A))
+        met, back = _met(after, second.state, second.A, -1), torch.bmm(second.A.mT, gain)
+        known = _with_middles(known, torch.baddbmm(second.information, back, met), len(level.A))
     return known
 
 
@@ -403,19 +413,23 @@ def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generato
         return root @ standard_normal((T, root.shape[-1], n_samples), root, generator)
 
     state = torch.cat([torch.zeros_like(chain.noise), noise(square_root(chain.noise))], dim=-1)
-    levels = _levels(Element(chain.matrix, state, torch.zeros_like(state)))
-    prior = _forward(levels)[1:, :, chain.noise.shape[-1] :]
+    prior = _forward(_levels(Element(chain.matrix, state, torch.zeros_like(state))))[1:, :, chain.noise.shape[-1] :]
     seen = chain.observe @ prior
     replay = sites.precision @ seen + noise(square_root(sites.precision))  # the sites, had they come from this draw
     posterior = smooth(chain, Sites(sites.precision, sites.shift[..., None] - replay))
     return (prior + condition(*posterior)[0]).movedim(-1, 0)
 
 
+def _one_plus(left: Tensor, right: Tensor) -> Tensor:
+    """``1 + left @ right``."""
+    product = left @ right
+    product.diagonal(dim1=-2, dim2=-1).add_(1)
+    return product
+
+
 def _inverse_one_plus(left: Tensor, right: Tensor) -> Tensor:
     """Inverse of ``1 + left @ right``; regular for every pair of symmetric positive semi-definite matrices."""
-    one = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
-    inverse: Tensor = torch.linalg.inv(one + left @ right)
-    return inverse
+    return inverse(_one_plus(left, right))
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

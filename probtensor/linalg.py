@@ -1,0 +1,36 @@
+"""Inverses of many small matrices at once, without a look at the result: a GPU need not be waited for.
+
+Singular matrices give numbers that are not finite instead of an error; who sums them up will see.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["inverse", "solve_and_log_det"]
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Inverses of matrices (..., D, D)."""
+    if _by_kernel(matrix):
+        from probtensor.linalg_cuda import inverse_and_log_det  # it needs Triton, which only CUDA builds of torch bring
+
+        return inverse_and_log_det(matrix)[0]
+    found: Tensor = torch.linalg.inv_ex(matrix).inverse
+    return found
+
+
+def solve_and_log_det(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Solutions (..., D, S) of ``matrix x = right`` and logarithms (...) of the matrices' absolute determinants."""
+    if _by_kernel(matrix):
+        from probtensor.linalg_cuda import inverse_and_log_det
+
+        inverted, log_det = inverse_and_log_det(matrix)
+        return inverted @ right, log_det
+    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    log_det = factors.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    return torch.linalg.lu_solve(factors, pivots, right), log_det
+
+
+def _by_kernel(matrix: Tensor) -> bool:
+    """Whether `linalg_cuda` takes them: it has no gradients, and large matrices do not fit into its registers."""
+    return matrix.is_cuda and matrix.shape[-1] <= 64 and not (torch.is_grad_enabled() and matrix.requires_grad)
