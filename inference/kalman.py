@@ -196,8 +196,8 @@ def condition(
     mean : Tensor, shape (..., E, S)
     covariance : Tensor, shape (..., E, E)
     """
-    gain = _inverse_one_plus(covariance, precision)[..., entries, :]
-    return gain @ (mean + covariance @ shift), _symmetric(gain @ covariance[..., entries])
+    gain = _inverse_one_plus(covariance, precision)[..., entries, :].contiguous()
+    return gain @ (mean + covariance @ shift), _symmetric(gain @ covariance[..., entries, :].mT)
 
 
 def pull_back(matrix: Tensor, noise: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:

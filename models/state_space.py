@@ -182,6 +182,5 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     """(..., R, d, d) blocks to (..., R d, R d)."""
     *batch, count, d, _ = blocks.shape
     full = blocks.new_zeros(*batch, count, d, count, d)
-    index = torch.arange(count, device=blocks.device)
-    full[..., index, :, index, :] = torch.movedim(blocks, -3, 0)
+    full.diagonal(dim1=-4, dim2=-2).copy_(blocks.movedim(-3, -1))
     return full.reshape(*batch, count * d, count * d)
