@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from probtensor.gaussian import square_root, standard_normal
-from probtensor.linalg import inverse, solve_and_log_det
+from probtensor.linalg import inverse, solve, solve_and_log_det
 
 __all__ = [
     "Chain",
@@ -321,72 +321,75 @@ def _met(one: Tensor, other: Tensor, matrix: Tensor, sign: int) -> Tensor:
     return torch.cat([torch.bmm(X, matrix), torch.baddbmm(x, X, y, alpha=sign)], dim=-1)
 
 
-def _pairs(blocks: Element) -> tuple[Element, Element]:
-    """First and second of each pair of neighbours; an odd last block is left out."""
-    whole = len(blocks.A) // 2 * 2
-    return Element(*(x[0:whole:2] for x in blocks)), Element(*(x[1:whole:2] for x in blocks))
+class _Level(NamedTuple):
+    """Blocks of one level by pairs of neighbours; `odd` is the last one if it has no partner, else empty."""
+
+    first: Element
+    second: Element
+    odd: Element
 
 
-def _levels(elements: Element) -> list[Element]:
-    """The elements, their merged pairs, the pairs of these, … down to one block. An odd last one moves up alone."""
-    levels = [elements]
-    while (n := len(levels[-1].A)) > 1:
-        below = levels[-1]
-        merged = _merge(*_pairs(below))
-        if n % 2:
-            merged = Element(*(torch.cat([m, x[-1:]]) for m, x in zip(merged, below, strict=True)))
-        levels.append(merged)
-    return levels
+def _levels(blocks: Element) -> tuple[list[_Level], Element]:
+    """The blocks, their merged pairs, the pairs of these, …, and the one block of all. An odd last one moves up alone."""
+    levels = []
+    while (n := len(blocks.A)) > 1:
+        even = n - n % 2
+        places = slice(0, even, 2), slice(1, even, 2), slice(even, n)
+        level = _Level(*(Element(*(x[place] for x in blocks)) for place in places))
+        merged = _merge(level.first, level.second)
+        blocks = Element(*(torch.cat(x) for x in zip(merged, level.odd, strict=True))) if n % 2 else merged
+        levels.append(level)
+    return levels, blocks
 
 
 def _posterior(blocks: Element) -> Posterior:
     """What is known at the steps between the blocks."""
-    levels = _levels(Element(*(x[:-1] for x in blocks)))
     D = blocks.A.shape[-1]
-    state, information = _forward(levels)[1:], _backward(levels, blocks.information[-1:])[1:]
+    levels, root = _levels(Element(*(x[:-1] for x in blocks)))
+    state, information = _forward(levels, root)[1:], _backward(levels, root, blocks.information[-1:])[1:]
     return Posterior(state[..., D:], state[..., :D], information[..., D:], information[..., :D])
 
 
-def _forward(levels: list[Element]) -> Tensor:
+def _forward(levels: list[_Level], root: Element) -> Tensor:
     """``[covariance, mean]`` given what comes before, at the n + 1 boundaries of blocks, (n + 1, D, D + S).
 
     Before the first block it is zero.
     """
-    root = levels[-1].state
-    known = torch.cat([torch.zeros_like(root), root])
-    for level in reversed(levels[:-1]):
-        first, _ = _pairs(level)
+    known = torch.cat([torch.zeros_like(root.state), root.state])
+    for first, _, odd in reversed(levels):
         D = first.A.shape[-1]
         before = known[: len(first.A)]
-        gain = _inverse_one_plus(before[..., :D], first.information[..., :D])
         met = _met(before, first.information, first.A.mT, 1)
-        known = _with_middles(known, torch.baddbmm(first.state, torch.bmm(first.A, gain), met), len(level.A))
+        given = solve(_one_plus(before[..., :D], first.information[..., :D]), met)
+        known = _with_middles(known, torch.baddbmm(first.state, first.A, given), len(odd.A))
     return known
 
 
-def _backward(levels: list[Element], end: Tensor) -> Tensor:
+def _backward(levels: list[_Level], root: Element, end: Tensor) -> Tensor:
     """``[precision, shift]`` of what comes after, at the n + 1 boundaries of blocks but the first, (n + 1, D, D + S).
 
     After the last block comes `end`, (1, D, D + S).
     """
-    known = torch.cat([levels[-1].information, end])
-    for level in reversed(levels[:-1]):
-        _, second = _pairs(level)
+    known = torch.cat([root.information, end])
+    for _, second, odd in reversed(levels):
         D = second.A.shape[-1]
         after = known[1 : len(second.A) + 1]
-        gain = _inverse_one_plus(after[..., :D], second.state[..., :D])
-        met, back = _met(after, second.state, second.A, -1), torch.bmm(second.A.mT, gain)
-        known = _with_middles(known, torch.baddbmm(second.information, back, met), len(level.A))
+        met = _met(after, second.state, second.A, -1)
+        given = solve(_one_plus(after[..., :D], second.state[..., :D]), met)
+        known = _with_middles(known, torch.baddbmm(second.information, second.A.mT, given), len(odd.A))
     return known
 
 
-def _with_middles(outer: Tensor, middle: Tensor, n: int) -> Tensor:
-    """What belongs to the n + 1 boundaries of blocks, from those of the pairs and those inside the pairs."""
-    half = n // 2
-    known = outer.new_empty(n + 1, *outer.shape[1:])
-    known[0::2] = outer[: half + 1]
+def _with_middles(outer: Tensor, middle: Tensor, odd: int) -> Tensor:
+    """What belongs to the boundaries of blocks, from that of the pairs' boundaries and of those inside the pairs.
+
+    An `odd` last block of its own ends where all do.
+    """
+    half = len(middle)
+    known = outer.new_empty(2 * half + 1 + odd, *outer.shape[1:])
+    known[: 2 * half + 1 : 2] = outer[: half + 1]
     known[1 : 2 * half : 2] = middle
-    if n % 2:
+    if odd:
         known[-1] = outer[-1]
     return known
 
@@ -413,7 +416,7 @@ def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generato
         return root @ standard_normal((T, root.shape[-1], n_samples), root, generator)
 
     state = torch.cat([torch.zeros_like(chain.noise), noise(square_root(chain.noise))], dim=-1)
-    prior = _forward(_levels(Element(chain.matrix, state, torch.zeros_like(state))))[1:, :, chain.noise.shape[-1] :]
+    prior = _forward(*_levels(Element(chain.matrix, state, torch.zeros_like(state))))[1:, :, chain.noise.shape[-1] :]
     seen = chain.observe @ prior
     replay = sites.precision @ seen + noise(square_root(sites.precision))  # the sites, had they come from this draw
     posterior = smooth(chain, Sites(sites.precision, sites.shift[..., None] - replay))

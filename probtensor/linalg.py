@@ -6,7 +6,7 @@ Singular matrices give numbers that are not finite instead of an error; who sums
 import torch
 from torch import Tensor
 
-__all__ = ["inverse", "solve_and_log_det"]
+__all__ = ["inverse", "solve", "solve_and_log_det"]
 
 
 def inverse(matrix: Tensor) -> Tensor:
@@ -16,6 +16,14 @@ def inverse(matrix: Tensor) -> Tensor:
 
         return inverse_and_log_det(matrix)[0]
     found: Tensor = torch.linalg.inv_ex(matrix).inverse
+    return found
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solutions (..., D, S) of ``matrix x = right``."""
+    if _by_kernel(matrix):
+        return inverse(matrix) @ right
+    found: Tensor = torch.linalg.solve_ex(matrix, right).result
     return found
 
 
