@@ -127,6 +127,7 @@ class GaussianProcess(LatentFunctions):
         smooth, self._white = _split_white(kernel)
         self._form = kernel_state(smooth, Extent(first + (last - first) / 2, last - first or 1.0, len(coordinates)))
         self._dim = len(self._form.observe)
+        self._weights = coordinates.new_tensor([self._form.observe])
         self._selects = self._form.observe == (1.0,) + (0.0,) * (self._dim - 1)  # H takes the first of each d entries
         self._entries = slice(None, None, self._dim if self._selects else 1)  # of the state, that the functions need
 
@@ -239,10 +240,8 @@ class GaussianProcess(LatentFunctions):
         return block_diagonal(self._form.prior(coordinates, self._smooth(log_hyperparameters).exp()))
 
     def _observe(self, log_hyperparameters: Tensor) -> Tensor:
-        one = torch.eye(
-            log_hyperparameters.shape[1], dtype=log_hyperparameters.dtype, device=log_hyperparameters.device
-        )
-        return torch.kron(one, log_hyperparameters.new_tensor([self._form.observe]))
+        one = torch.eye(log_hyperparameters.shape[1], dtype=self._weights.dtype, device=self._weights.device)
+        return torch.kron(one, self._weights)
 
     def _observed(self, mean: Tensor, covariance: Tensor, log_hyperparameters: Tensor, sites: Sites) -> Moments:
         """The functions' moments from those of the states' `_entries`, (n, E, 1) and (n, E, E), and the sites there."""
