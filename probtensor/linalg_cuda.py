@@ -32,12 +32,12 @@ def inverse_and_log_det(matrix: Tensor) -> tuple[Tensor, Tensor]:
     inverse, log_det = torch.empty_like(matrix), matrix.new_empty(matrix.shape[:-2])
     if log_det.numel():
         width = triton.next_power_of_2(D)
-        _gauss_jordan[(log_det.numel(),)](matrix, inverse, log_det, D, WIDTH=width, num_warps=max(width // 8, 1))
+        _gauss_jordan[(log_det.numel(),)](matrix, inverse, log_det, D=D, WIDTH=width, num_warps=max(width // 8, 1))
     return inverse, log_det
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gauss_jordan(matrix, inverse, log_det, D, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gauss_jordan(matrix, inverse, log_det, D: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     number = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
     row, column = at[:, None], at[None, :]
