@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from probtensor.gaussian import square_root, standard_normal
 from probtensor.linalg import inverse, solve, solve_and_log_det
@@ -196,8 +197,10 @@ def condition(
     mean : Tensor, shape (..., E, S)
     covariance : Tensor, shape (..., E, E)
     """
-    gain = _inverse_one_plus(covariance, precision)[..., entries, :].contiguous()
-    return gain @ (mean + covariance @ shift), _symmetric(gain @ covariance[..., entries, :].mT)
+    met = torch.cat([covariance[..., entries], mean + covariance @ shift], dim=-1)
+    found = solve(_one_plus(covariance, precision), met)[..., entries, :]
+    E = found.shape[-2]
+    return found[..., E:], _symmetric(found[..., :E])
 
 
 def pull_back(matrix: Tensor, noise: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,13 +296,11 @@ def information_of(observe: Tensor, sites: Sites) -> Tensor:
 
 
 def _elements(chain: Chain, sites: Sites) -> Element:
-    """T + 1 blocks, one to each step from the one before, with the latter's site; the last is the last step's site."""
+    """T + 1 blocks, one to each step from the one before, with the latter's site; the last, its site, leads nowhere."""
     A, Q, H = chain
     known = information_of(H, sites)
-    nothing = torch.zeros_like(known[:1])
-    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)[None]
-    state = torch.cat([Q, known.new_zeros(*Q.shape[:2], known.shape[-1] - Q.shape[-1])], dim=-1)
-    return Element(torch.cat([A, one]), torch.cat([state, nothing]), torch.cat([nothing, known]))
+    columns = known.shape[-1] - Q.shape[-1]
+    return Element(pad(A, (0, 0, 0, 0, 0, 1)), pad(Q, (0, columns, 0, 0, 0, 1)), pad(known, (0, 0, 0, 0, 1, 0)))
 
 
 def _merge(first: Element, second: Element) -> Element:

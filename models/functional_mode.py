@@ -30,9 +30,13 @@ class Mode:
 
     def __init__(self, functions: LatentFunctions, free: Tensor, damping: float) -> None:
         self.functions = functions
-        self._rank = len(free)
+        self._rank = rank = len(free)
         self._damping = damping
-        self._free, self._ones = free.nonzero().squeeze(-1), (~free).nonzero().squeeze(-1)
+        self._free, ones = free.nonzero().squeeze(-1), (~free).nonzero().squeeze(-1)
+        # Where the entries of matrices lie among the sums: of free columns, and of free ones with those of ones.
+        packed = unpack(torch.arange(packed_size(rank), device=free.device))[self._free]
+        self._pairs, self._beside = packed[:, self._free], packed[:, ones]
+        self._weights = pack_dual(torch.ones(rank, rank, dtype=torch.int64, device=free.device))
         self._captured = Captured(self._optimum)
 
     def sites(self, statistics: Tensor, unit: Tensor, old: Sites, past: Sites | None = None) -> Sites:
@@ -49,11 +53,9 @@ class Mode:
         past : Sites, optional
             What earlier rows said.
         """
-        precision, shift = self._split(statistics)
-        precision, shift = precision[:, self._free], shift[:, self._free]
         # Columns of ones are known: what they explain moves to the other side.
-        known = precision[:, :, self._ones].sum(-1)
-        new = Sites(unit * precision[:, :, self._free], unit * (shift - known))
+        shift = statistics[:, packed_size(self._rank) + self._free] - statistics[:, self._beside].sum(-1)
+        new = Sites(unit * statistics[:, self._pairs], unit * shift)
         if past is not None:
             new = Sites(*(x + then for x, then in zip(new, past, strict=True)))
         if not self._damping:
@@ -72,14 +74,14 @@ class Mode:
         """Mean (n, R) and packed second moment of all columns from the moments of the latent functions."""
         mean = moments.mean.new_ones(moments.mean.shape[0], self._rank)
         mean[:, self._free] = moments.mean
-        second = mean[:, :, None] * mean[:, None, :]
-        second[:, self._free[:, None], self._free] += moments.covariance
-        return mean, pack(second)
+        second = pack(mean[:, :, None] * mean[:, None, :])
+        second[:, pack(self._pairs)] += pack(moments.covariance)
+        return mean, second
 
     def squared_error(self, statistics: Tensor, square: Tensor, mean: Tensor, second: Tensor) -> Tensor:
         """``sum_n w_n E (y_n - f_n)^2`` over all rows, a scalar, from that of the values alone and the factor."""
-        precision, shift = self._split(statistics)
-        return (square - 2 * (shift * mean).sum() + (pack_dual(precision) * second).sum()).clamp(min=0)
+        precision, shift = statistics.split([second.shape[1], mean.shape[1]], dim=1)
+        return (square - 2 * (shift * mean).sum() + (self._weights * precision * second).sum()).clamp(min=0)
 
     def optimum(
         self, statistics: Tensor, unit: Tensor, old: Sites, log_hyperparameters: Tensor, square: Tensor
@@ -104,8 +106,3 @@ class Mode:
         factor = self.factor(sites, log_hyperparameters)
         error = self.squared_error(statistics, square, factor.mean, factor.second)
         return *sites, *factor.posterior, factor.divergence, factor.mean, factor.second, error
-
-    def _split(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """Precision (T, R, R) and shift (T, R) that the sums hold."""
-        cut = packed_size(self._rank)
-        return unpack(statistics[:, :cut]), statistics[:, cut:]
