@@ -331,7 +331,10 @@ class _Level(NamedTuple):
 
 
 def _levels(blocks: Element) -> tuple[list[_Level], Element]:
-    """The blocks, their merged pairs, the pairs of these, …, and the one block of all. An odd last one moves up alone."""
+    """The blocks, their merged pairs, the pairs of these, …, and the one block of all.
+
+    An odd last one moves up alone.
+    """
     levels = []
     while (n := len(blocks.A)) > 1:
         even = n - n % 2

@@ -80,8 +80,9 @@ class Mode:
 
     def squared_error(self, statistics: Tensor, square: Tensor, mean: Tensor, second: Tensor) -> Tensor:
         """``sum_n w_n E (y_n - f_n)^2`` over all rows, a scalar, from that of the values alone and the factor."""
-        precision, shift = statistics.split([second.shape[1], mean.shape[1]], dim=1)
-        return (square - 2 * (shift * mean).sum() + (self._weights * precision * second).sum()).clamp(min=0)
+        cut = packed_size(self._rank)
+        error: Tensor = square - 2 * (statistics[:, cut:] * mean).sum()
+        return (error + (self._weights * statistics[:, :cut] * second).sum()).clamp(min=0)
 
     def optimum(
         self, statistics: Tensor, unit: Tensor, old: Sites, log_hyperparameters: Tensor, square: Tensor

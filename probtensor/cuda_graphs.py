@@ -50,7 +50,7 @@ class Captured:
 
     def _capture(self, arguments: tuple[Tensor, ...]) -> _Graph:
         places = tuple(x.clone() for x in arguments)
-        now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        now, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(now)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):

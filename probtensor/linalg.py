@@ -8,6 +8,8 @@ from torch import Tensor
 
 __all__ = ["inverse", "solve", "solve_and_log_det"]
 
+KERNEL_SIZE = 64  # rows of the largest matrices that `linalg_cuda` takes
+
 
 def inverse(matrix: Tensor) -> Tensor:
     """Inverses of matrices (..., D, D)."""
@@ -41,4 +43,5 @@ def solve_and_log_det(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_kernel(matrix: Tensor) -> bool:
     """Whether `linalg_cuda` takes them: it has no gradients, and large matrices do not fit into its registers."""
-    return matrix.is_cuda and matrix.shape[-1] <= 64 and not (torch.is_grad_enabled() and matrix.requires_grad)
+    needs_gradient = torch.is_grad_enabled() and matrix.requires_grad
+    return matrix.is_cuda and matrix.shape[-1] <= KERNEL_SIZE and not needs_gradient

@@ -8,9 +8,7 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from torch import Tensor
 
-__all__ = ["MAX_SIZE", "inverse_and_log_det"]
-
-MAX_SIZE = 64  # rows of a matrix
+__all__ = ["inverse_and_log_det"]
 
 
 def inverse_and_log_det(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,7 +17,7 @@ def inverse_and_log_det(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     matrix : Tensor, shape (..., D, D)
-        On a GPU; D at most `MAX_SIZE`.
+        On a GPU. Two of them must fit into a program's registers: D at most `probtensor.linalg.KERNEL_SIZE`.
 
     Returns
     -------

@@ -26,9 +26,9 @@ class Names(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         self.seen.add(func.overloadpacket.__name__)
-        if "index" in func.name() and isinstance(args[1], list | tuple):
-            if any(x is not None and x.dtype == torch.bool for x in args[1]):
-                self.seen.add("bool index")
+        places = args[1] if "index" in func.name() and isinstance(args[1], list | tuple) else []
+        if any(x is not None and x.dtype == torch.bool for x in places):
+            self.seen.add("bool index")
         return func(*args, **(kwargs or {}))
 
 
