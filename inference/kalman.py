@@ -224,9 +224,9 @@ def pull_back(matrix: Tensor, noise: Tensor, shift: Tensor, precision: Tensor) -
 def log_normalizer(chain: Chain, sites: Sites, posterior: Posterior | None = None) -> Tensor:
     """Log of the integral of the prior times all sites (``log Z``).
 
-    Its gradient comes from the smoother, not from autograd's walk back through all levels: with what is known before
-    and after step j held fixed, ``log Z`` depends on that step's transition and site only through one small Gaussian
-    integral.
+    Each step's site is integrated over what the sites before it predict. The gradient comes from the smoother, not from
+    autograd's walk back through all levels: with what is known before and after step j held fixed, ``log Z`` depends on
+    that step's transition and site only through one small Gaussian integral.
 
     Parameters
     ----------
@@ -245,8 +245,7 @@ def log_normalizer(chain: Chain, sites: Sites, posterior: Posterior | None = Non
     A, Q, H = chain
     with torch.no_grad():
         posterior = smooth(chain, sites) if posterior is None else Posterior(*(x.detach() for x in posterior))
-    seen = Sites(H @ posterior.covariance @ H.T, (H @ posterior.mean).squeeze(-1))
-    value = site_log_normalizer(seen.shift, seen.precision, sites).sum()
+    value = site_log_normalizer((H @ posterior.mean).squeeze(-1), H @ posterior.covariance @ H.T, sites).sum()
     if not any(x.requires_grad for x in (*chain, *sites)):
         return value
     D = A.shape[-1]

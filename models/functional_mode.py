@@ -14,6 +14,8 @@ from probtensor.models.latent_functions import LatentFunctions, Moments
 
 __all__ = ["Mode"]
 
+GRAPH_SIZE = 2**20  # numbers among the sums of a graph: with more, launches cost little, and its memory is its alone
+
 
 class Mode:
     """A mode's latent functions, and the columns of ones beside them.
@@ -36,6 +38,7 @@ class Mode:
         # Where the entries of matrices lie among the sums: of free columns, and of free ones with those of ones.
         packed = unpack(torch.arange(packed_size(rank), device=free.device))[self._free]
         self._pairs, self._beside = packed[:, self._free], packed[:, ones]
+        self._packed_pairs = pack(self._pairs)
         self._weights = pack_dual(torch.ones(rank, rank, dtype=torch.int64, device=free.device))
         self._captured = Captured(self._optimum)
 
@@ -75,7 +78,7 @@ class Mode:
         mean = moments.mean.new_ones(moments.mean.shape[0], self._rank)
         mean[:, self._free] = moments.mean
         second = pack(mean[:, :, None] * mean[:, None, :])
-        second[:, pack(self._pairs)] += pack(moments.covariance)
+        second[:, self._packed_pairs] += pack(moments.covariance)
         return mean, second
 
     def squared_error(self, statistics: Tensor, square: Tensor, mean: Tensor, second: Tensor) -> Tensor:
@@ -88,8 +91,9 @@ class Mode:
         self, statistics: Tensor, unit: Tensor, old: Sites, log_hyperparameters: Tensor, square: Tensor
     ) -> tuple[Factor, Tensor]:
         """The factor that is best for the `sites` of the sums, and the `squared_error` with it."""
-        arguments = statistics, unit, *old, log_hyperparameters, square
-        found = self._captured(*arguments) if statistics.is_cuda else self._optimum(*arguments)
+        as_graph = statistics.is_cuda and statistics.numel() <= GRAPH_SIZE
+        update = self._captured if as_graph else self._optimum
+        found = update(statistics, unit, *old, log_hyperparameters, square)
         sites, posterior = Sites(*found[:2]), Posterior(*found[2:6])
         divergence, mean, second, error = found[6:]
         return Factor(sites, log_hyperparameters, posterior, divergence, mean, second), error

@@ -41,7 +41,8 @@ class Captured:
         """The function's results, in memory of their own."""
         kind = tuple((x.shape, x.dtype, x.device) for x in arguments)
         if kind not in self._graphs:
-            self._graphs[kind] = self._capture(arguments)
+            with torch.cuda.device(arguments[0].device):
+                self._graphs[kind] = self._capture(arguments)
         captured = self._graphs[kind]
         for place, x in zip(captured.arguments, arguments, strict=True):
             place.copy_(x)
