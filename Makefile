@@ -59,8 +59,8 @@ unit: $(INSTALLED)
 
 doctest: $(INSTALLED)
 	@echo "== doctests =="
-	@# contract_cuda needs Triton, which CPU builds of torch do not bring; its tests are test_contract_cuda.py.
-	@$(BIN)/python -m pytest -q --doctest-modules probtensor --ignore probtensor/contract_cuda.py
+	@# These need Triton, which CPU builds of torch do not bring; their tests are test_contract_cuda.py and the like.
+	@$(BIN)/python -m pytest -q --doctest-modules probtensor --ignore probtensor/contract_cuda.py --ignore probtensor/linalg_cuda.py
 
 notebooks: $(INSTALLED)
 	@echo "== notebooks =="

@@ -4,12 +4,12 @@ The chain is ``x_1 ~ N(0, P_1)``, ``x_j | x_{j-1} ~ N(A_j x_{j-1}, Q_j)`` and ea
 ``exp(h_j' u_j - u_j' L_j u_j / 2)`` on the observed part ``u_j = H x_j`` of the state. Sites are kept in
 this information form, so a site of precision zero, or of any rank, needs no special case.
 
-A block of consecutive steps acts on what comes before and after it through five arrays (`Element`); two blocks merge by
-`_merge`, an associative operation. Merging neighbours level by level gives log2(T) levels of batched operations, on CPU
-and GPU. Going down again, the state before a block gives the filtered state inside it, and the information after a
-block the backward information inside it; the two together are the smoothed state. No ``Q`` and no predicted
-covariance is ever inverted: steps of length zero and nearly equal coordinates are exact, and all of it is
-differentiable.
+A *block* is a run of sites and transitions in turn; it acts on what comes before and after it through five arrays
+(`Element`), and two blocks merge by `_merge`, an associative operation. Merging neighbours level by level gives log2(T)
+levels of batched operations, on CPU and GPU. Going down again, the state before a block gives the state at the
+boundaries inside it, and the information after a block gives the information there; the two together are the smoothed
+state. Each step is such a boundary: its own site belongs to what comes after. No ``Q`` and no predicted covariance is
+ever inverted: steps of length zero and nearly equal coordinates are exact, and all of it is differentiable.
 
 References
 ----------
@@ -21,8 +21,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from probtensor.gaussian import square_root, standard_normal
+from probtensor.linalg import inverse, solve, solve_and_log_det
 
 __all__ = [
     "Chain",
@@ -31,6 +33,7 @@ __all__ = [
     "Sites",
     "between",
     "condition",
+    "information_of",
     "log_normalizer",
     "pull_back",
     "sample",
@@ -73,16 +76,16 @@ class Chain(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """What the data say at each step: from the left (filtered) and from the right (backward information).
+    """What the data say at each step: from the left (predicted) and from the right (backward information).
 
     Attributes
     ----------
     mean : Tensor, shape (T, D, S)
-        Filtered mean: the state given the sites up to and including its own.
+        Predicted mean: the state given the sites before its own.
     covariance : Tensor, shape (T, D, D)
-        Filtered covariance.
+        Predicted covariance.
     shift : Tensor, shape (T, D, S)
-        Shift of the backward information: the likelihood of all later sites as a function of the state.
+        Shift of the backward information: the likelihood of its own and all later sites as a function of the state.
     precision : Tensor, shape (T, D, D)
         Precision of the backward information.
     """
@@ -94,20 +97,26 @@ class Posterior(NamedTuple):
 
 
 class Element(NamedTuple):
-    """A block of steps: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of that one.
+    """A block: the state after it given the one before, ``N(A x + b, C)``, and what its sites say of that one.
 
     That is ``exp(eta' x - x' J x / 2)``, up to a constant. All tensors have the blocks as first dimension.
+
+    Attributes
+    ----------
+    A : Tensor, shape (n, D, D)
+    state : Tensor, shape (n, D, D + S)
+        ``[C, b]``.
+    information : Tensor, shape (n, D, D + S)
+        ``[J, eta]``.
     """
 
     A: Tensor
-    b: Tensor
-    C: Tensor
-    eta: Tensor
-    J: Tensor
+    state: Tensor
+    information: Tensor
 
 
 def smooth(chain: Chain, sites: Sites) -> Posterior:
-    """Filtered states and backward information of all steps.
+    """Predicted states and backward information of all steps.
 
     Parameters
     ----------
@@ -121,8 +130,7 @@ def smooth(chain: Chain, sites: Sites) -> Posterior:
     Posterior
         Combine with `condition` for smoothed moments. O(T D^3) operations in O(log T) batched calls.
     """
-    levels = _levels(_elements(chain, sites))
-    return Posterior(*_forward(levels), *_backward(levels))
+    return _posterior(_elements(chain, sites))
 
 
 def between(chain: Chain, sites: Sites, steps: Tensor) -> Element:
@@ -143,8 +151,7 @@ def between(chain: Chain, sites: Sites, steps: Tensor) -> Element:
         M + 1 blocks for `smooth_between`: one to each of the steps from the one before, the last to the chain's end.
     """
     others = Sites(*(x.index_fill(0, steps, 0.0) for x in sites))
-    end = _nothing(1, chain.noise)  # so that there is a last block even if the last step is among the steps
-    elements = Element(*(torch.cat(x) for x in zip(_elements(chain, others), end, strict=True)))
+    elements = _elements(chain, others)
     block = torch.searchsorted(steps, torch.arange(len(elements.A), device=steps.device))
     while len(block) > len(steps) + 1:
         # In each block every second element merges with the one after it.
@@ -158,7 +165,7 @@ def between(chain: Chain, sites: Sites, steps: Tensor) -> Element:
 
 
 def smooth_between(blocks: Element, observe: Tensor, sites: Sites) -> Posterior:
-    """Filtered states and backward information of some steps of a chain: what `smooth` gives there.
+    """Predicted states and backward information of some steps of a chain: what `smooth` gives there.
 
     Parameters
     ----------
@@ -168,14 +175,13 @@ def smooth_between(blocks: Element, observe: Tensor, sites: Sites) -> Posterior:
     sites : Sites
         Of the M steps, with `shift` of shape (M, R).
     """
-    M = len(sites.shift)
-    seen = _nothing(M + 1, blocks.C)
-    seen.J[:M], seen.eta[:M] = observe.T @ sites.precision @ observe, observe.T @ sites.shift[..., None]
-    levels = _levels(_merge(blocks, seen))
-    return Posterior(*(x[:M] for x in (*_forward(levels), *_backward(levels))))
+    information = torch.cat([blocks.information[:1], blocks.information[1:] + information_of(observe, sites)])
+    return _posterior(blocks._replace(information=information))
 
 
-def condition(mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+def condition(
+    mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor, entries: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
     """Moments of ``N(mean, covariance)`` times ``exp(shift' x - x' precision x / 2)``.
 
     Parameters
@@ -183,14 +189,18 @@ def condition(mean: Tensor, covariance: Tensor, shift: Tensor, precision: Tensor
     mean, shift : Tensor, shape (..., D, S)
     covariance, precision : Tensor, shape (..., D, D)
         Both may be singular.
+    entries : slice, default all
+        Which entries of ``x`` are asked for, E.
 
     Returns
     -------
-    mean : Tensor, shape (..., D, S)
-    covariance : Tensor, shape (..., D, D)
+    mean : Tensor, shape (..., E, S)
+    covariance : Tensor, shape (..., E, E)
     """
-    gain = _inverse_one_plus(covariance, precision)
-    return gain @ (mean + covariance @ shift), _symmetric(gain @ covariance)
+    met = torch.cat([covariance[..., entries], mean + covariance @ shift], dim=-1)
+    found = solve(_one_plus(covariance, precision), met)[..., entries, :]
+    E = found.shape[-2]
+    return found[..., E:], _symmetric(found[..., :E])
 
 
 def pull_back(matrix: Tensor, noise: Tensor, shift: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,9 +224,9 @@ def pull_back(matrix: Tensor, noise: Tensor, shift: Tensor, precision: Tensor) -
 def log_normalizer(chain: Chain, sites: Sites, posterior: Posterior | None = None) -> Tensor:
     """Log of the integral of the prior times all sites (``log Z``).
 
-    Its gradient comes from the smoother, not from autograd's walk back through all levels: with what is known before
-    and after step j held fixed, ``log Z`` depends on that step's transition and site only through one small Gaussian
-    integral.
+    Each step's site is integrated over what the sites before it predict. The gradient comes from the smoother, not from
+    autograd's walk back through all levels: with what is known before and after step j held fixed, ``log Z`` depends on
+    that step's transition and site only through one small Gaussian integral.
 
     Parameters
     ----------
@@ -235,15 +245,17 @@ def log_normalizer(chain: Chain, sites: Sites, posterior: Posterior | None = Non
     A, Q, H = chain
     with torch.no_grad():
         posterior = smooth(chain, sites) if posterior is None else Posterior(*(x.detach() for x in posterior))
-        before_mean = torch.cat([torch.zeros_like(posterior.mean[:1]), posterior.mean[:-1]])
-        before_covariance = torch.cat([torch.zeros_like(posterior.covariance[:1]), posterior.covariance[:-1]])
-    mean = (A @ before_mean).squeeze(-1)
-    covariance = A @ before_covariance @ A.mT + Q
-    value = site_log_normalizer(mean @ H.T, H @ covariance @ H.T, sites).sum()
+    value = site_log_normalizer((H @ posterior.mean).squeeze(-1), H @ posterior.covariance @ H.T, sites).sum()
     if not any(x.requires_grad for x in (*chain, *sites)):
         return value
-    after = Sites(posterior.precision + H.T @ sites.precision @ H, posterior.shift.squeeze(-1) + sites.shift @ H)
-    local = site_log_normalizer(mean, covariance, after).sum()
+    D = A.shape[-1]
+    own = information_of(H, sites)
+    with torch.no_grad():
+        mean, covariance = condition(posterior.mean, posterior.covariance, own[..., D:], own[..., :D])
+        mean, covariance = (torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (mean, covariance))
+    own = own - own.detach()  # it is part of the posterior's information already
+    after = Sites(posterior.precision + own[..., :D], (posterior.shift + own[..., D:]).squeeze(-1))
+    local = site_log_normalizer((A @ mean).squeeze(-1), A @ covariance @ A.mT + Q, after).sum()
     return value.detach() + (local - local.detach())
 
 
@@ -262,86 +274,127 @@ def site_log_normalizer(mean: Tensor, covariance: Tensor, sites: Sites) -> Tenso
     Tensor, shape (T,)
     """
     L, h = sites
-    one_plus = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) + covariance @ L
     Lm = (L @ mean[..., None]).squeeze(-1)
     rest = h - Lm
-    gained = torch.linalg.solve(one_plus, covariance @ rest[..., None]).squeeze(-1)
+    gained, log_det = solve_and_log_det(_one_plus(covariance, L), covariance @ rest[..., None])
     linear: Tensor = (mean * (h - 0.5 * Lm)).sum(-1)
-    log_det: Tensor = torch.linalg.slogdet(one_plus).logabsdet
-    quadratic: Tensor = (rest * gained).sum(-1)
+    quadratic: Tensor = (rest * gained.squeeze(-1)).sum(-1)
     return linear + 0.5 * (quadratic - log_det)
 
 
-def _elements(chain: Chain, sites: Sites) -> Element:
-    """One element a step: the transition followed by the site."""
-    A, Q, H = chain
+def information_of(observe: Tensor, sites: Sites) -> Tensor:
+    """``[precision, shift]`` of the sites as factors of the whole state, shape (T, D, D + S).
+
+    Parameters
+    ----------
+    observe : Tensor, shape (R, D)
+    sites : Sites
+    """
     columns = sites.shift[..., None] if sites.shift.ndim == 2 else sites.shift
-    L, h = H.T @ sites.precision @ H, H.T @ columns  # (T, D, D), (T, D, S)
-    gain = _inverse_one_plus(Q, L)
-    C = _symmetric(gain @ Q)
-    eta, J = pull_back(A, Q, h, L)
-    return Element(gain @ A, C @ h, C, eta, J)
+    return observe.T @ torch.cat([sites.precision @ observe, columns], dim=-1)
 
 
-def _nothing(n: int, like: Tensor) -> Element:
-    """Blocks of no steps: the state stays as it is; `like` has shape (..., D, D)."""
-    D = like.shape[-1]
-    one = torch.eye(D, dtype=like.dtype, device=like.device).repeat(n, 1, 1)
-    return Element(one, *(like.new_zeros(n, D, width) for width in (1, D, 1, D)))
+def _elements(chain: Chain, sites: Sites) -> Element:
+    """T + 1 blocks, one to each step from the one before, with the latter's site; the last, its site, leads nowhere."""
+    A, Q, H = chain
+    known = information_of(H, sites)
+    columns = known.shape[-1] - Q.shape[-1]
+    return Element(pad(A, (0, 0, 0, 0, 0, 1)), pad(Q, (0, columns, 0, 0, 0, 1)), pad(known, (0, 0, 0, 0, 1, 0)))
 
 
 def _merge(first: Element, second: Element) -> Element:
     """The block `first` followed by the block `second`."""
-    gain = _inverse_one_plus(first.C, second.J)
-    forward = second.A @ gain
-    back = first.A.mT @ gain.mT
+    D = first.A.shape[-1]
+    gain = _inverse_one_plus(first.state[..., :D], second.information[..., :D])
+    forward, back = torch.bmm(second.A, gain), torch.bmm(gain, first.A).mT
     return Element(
-        A=forward @ first.A,
-        b=forward @ (first.b + first.C @ second.eta) + second.b,
-        C=_symmetric(forward @ first.C @ second.A.mT) + second.C,
-        eta=back @ (second.eta - second.J @ first.b) + first.eta,
-        J=_symmetric(back @ second.J @ first.A) + first.J,
+        A=torch.bmm(forward, first.A),
+        state=torch.baddbmm(second.state, forward, _met(first.state, second.information, second.A.mT, 1)),
+        information=torch.baddbmm(first.information, back, _met(second.information, first.state, first.A, -1)),
     )
 
 
-def _levels(elements: Element) -> list[Element]:
-    """The elements, their merged pairs, the pairs of these, … down to one block. An odd last one moves up alone."""
-    levels = [elements]
-    while (n := levels[-1].A.shape[0]) > 1:
-        below = levels[-1]
-        pairs = _merge(Element(*(x[0 : n - 1 : 2] for x in below)), Element(*(x[1::2] for x in below)))
-        if n % 2:
-            pairs = Element(*(torch.cat([p, x[-1:]]) for p, x in zip(pairs, below, strict=True)))
-        levels.append(pairs)
-    return levels
+def _met(one: Tensor, other: Tensor, matrix: Tensor, sign: int) -> Tensor:
+    """``[X matrix, x + sign X y]`` for ``[X, x]`` of `one` and ``y`` of `other`, shape (n, D, D + S)."""
+    D = matrix.shape[-1]
+    X, x, y = one[..., :D], one[..., D:], other[..., D:]
+    return torch.cat([torch.bmm(X, matrix), torch.baddbmm(x, X, y, alpha=sign)], dim=-1)
 
 
-def _forward(levels: list[Element]) -> tuple[Tensor, Tensor]:
-    """Filtered mean (T, D, S) and covariance (T, D, D): from the state at the end of each block to those inside it."""
-    mean, covariance = levels[-1].b, levels[-1].C
-    for level in reversed(levels[:-1]):
-        even = Element(*(x[0::2] for x in level))
-        count = even.A.shape[0]
-        before_mean = torch.cat([torch.zeros_like(mean[:1]), mean[: count - 1]])
-        before_covariance = torch.cat([torch.zeros_like(covariance[:1]), covariance[: count - 1]])
-        m, P = condition(before_mean, before_covariance, even.eta, even.J)
-        half = level.A.shape[0] // 2
-        mean = _interleave(even.A @ m + even.b, mean[:half])
-        covariance = _interleave(even.A @ P @ even.A.mT + even.C, covariance[:half])
-    return mean, covariance
+class _Level(NamedTuple):
+    """Blocks of one level by pairs of neighbours; `odd` is the last one if it has no partner, else empty."""
+
+    first: Element
+    second: Element
+    odd: Element
 
 
-def _backward(levels: list[Element]) -> tuple[Tensor, Tensor]:
-    """Shift (T, D, S) and precision (T, D, D) of what comes after each step."""
-    shift, precision = torch.zeros_like(levels[-1].eta), torch.zeros_like(levels[-1].J)
-    for level in reversed(levels[:-1]):
-        odd = Element(*(x[1::2] for x in level))
-        half = odd.A.shape[0]
-        eta, J = pull_back(odd.A, odd.C, shift[:half] - precision[:half] @ odd.b, precision[:half])
-        last = level.A.shape[0] - 2 * half  # one more step where the number of steps is odd: it is the last
-        shift = _interleave(torch.cat([eta + odd.eta, shift[half : half + last]]), shift[:half])
-        precision = _interleave(torch.cat([J + odd.J, precision[half : half + last]]), precision[:half])
-    return shift, precision
+def _levels(blocks: Element) -> tuple[list[_Level], Element]:
+    """The blocks, their merged pairs, the pairs of these, …, and the one block of all.
+
+    An odd last one moves up alone.
+    """
+    levels = []
+    while (n := len(blocks.A)) > 1:
+        even = n - n % 2
+        places = slice(0, even, 2), slice(1, even, 2), slice(even, n)
+        level = _Level(*(Element(*(x[place] for x in blocks)) for place in places))
+        merged = _merge(level.first, level.second)
+        blocks = Element(*(torch.cat(x) for x in zip(merged, level.odd, strict=True))) if n % 2 else merged
+        levels.append(level)
+    return levels, blocks
+
+
+def _posterior(blocks: Element) -> Posterior:
+    """What is known at the steps between the blocks."""
+    D = blocks.A.shape[-1]
+    levels, root = _levels(Element(*(x[:-1] for x in blocks)))
+    state, information = _forward(levels, root)[1:], _backward(levels, root, blocks.information[-1:])[1:]
+    return Posterior(state[..., D:], state[..., :D], information[..., D:], information[..., :D])
+
+
+def _forward(levels: list[_Level], root: Element) -> Tensor:
+    """``[covariance, mean]`` given what comes before, at the n + 1 boundaries of blocks, (n + 1, D, D + S).
+
+    Before the first block it is zero.
+    """
+    known = torch.cat([torch.zeros_like(root.state), root.state])
+    for first, _, odd in reversed(levels):
+        D = first.A.shape[-1]
+        before = known[: len(first.A)]
+        met = _met(before, first.information, first.A.mT, 1)
+        given = solve(_one_plus(before[..., :D], first.information[..., :D]), met)
+        known = _with_middles(known, torch.baddbmm(first.state, first.A, given), len(odd.A))
+    return known
+
+
+def _backward(levels: list[_Level], root: Element, end: Tensor) -> Tensor:
+    """``[precision, shift]`` of what comes after, at the n + 1 boundaries of blocks but the first, (n + 1, D, D + S).
+
+    After the last block comes `end`, (1, D, D + S).
+    """
+    known = torch.cat([root.information, end])
+    for _, second, odd in reversed(levels):
+        D = second.A.shape[-1]
+        after = known[1 : len(second.A) + 1]
+        met = _met(after, second.state, second.A, -1)
+        given = solve(_one_plus(after[..., :D], second.state[..., :D]), met)
+        known = _with_middles(known, torch.baddbmm(second.information, second.A.mT, given), len(odd.A))
+    return known
+
+
+def _with_middles(outer: Tensor, middle: Tensor, odd: int) -> Tensor:
+    """What belongs to the boundaries of blocks, from that of the pairs' boundaries and of those inside the pairs.
+
+    An `odd` last block of its own ends where all do.
+    """
+    half = len(middle)
+    known = outer.new_empty(2 * half + 1 + odd, *outer.shape[1:])
+    known[: 2 * half + 1 : 2] = outer[: half + 1]
+    known[1 : 2 * half : 2] = middle
+    if odd:
+        known[-1] = outer[-1]
+    return known
 
 
 def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generator) -> Tensor:
@@ -365,27 +418,24 @@ def sample(chain: Chain, sites: Sites, n_samples: int, generator: torch.Generato
     def noise(root: Tensor) -> Tensor:
         return root @ standard_normal((T, root.shape[-1], n_samples), root, generator)
 
-    zero = torch.zeros_like(chain.noise)
-    innovation = noise(square_root(chain.noise))
-    prior, _ = _forward(_levels(Element(chain.matrix, innovation, zero, torch.zeros_like(innovation), zero)))
+    state = torch.cat([torch.zeros_like(chain.noise), noise(square_root(chain.noise))], dim=-1)
+    prior = _forward(*_levels(Element(chain.matrix, state, torch.zeros_like(state))))[1:, :, chain.noise.shape[-1] :]
     seen = chain.observe @ prior
     replay = sites.precision @ seen + noise(square_root(sites.precision))  # the sites, had they come from this draw
     posterior = smooth(chain, Sites(sites.precision, sites.shift[..., None] - replay))
     return (prior + condition(*posterior)[0]).movedim(-1, 0)
 
 
-def _interleave(even: Tensor, odd: Tensor) -> Tensor:
-    """even[0], odd[0], even[1], odd[1], …; `even` may have one more."""
-    n = odd.shape[0]
-    pairs = torch.stack([even[:n], odd], dim=1).reshape(2 * n, *even.shape[1:])
-    return torch.cat([pairs, even[n:]])
+def _one_plus(left: Tensor, right: Tensor) -> Tensor:
+    """``1 + left @ right``."""
+    product = left @ right
+    product.diagonal(dim1=-2, dim2=-1).add_(1)
+    return product
 
 
 def _inverse_one_plus(left: Tensor, right: Tensor) -> Tensor:
     """Inverse of ``1 + left @ right``; regular for every pair of symmetric positive semi-definite matrices."""
-    one = torch.eye(left.shape[-1], dtype=left.dtype, device=left.device)
-    inverse: Tensor = torch.linalg.inv(one + left @ right)
-    return inverse
+    return inverse(_one_plus(left, right))
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -26,28 +26,19 @@ ICLR, section 4. Differences: the core has a prior and its covariance is used; r
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from probtensor.blocks import Total, total_here
-from probtensor.contract import (
-    CP,
-    Structure,
-    Tucker,
-    core_statistics,
-    multilinear,
-    pack,
-    pack_dual,
-    packed_size,
-    unpack,
-    unpack_pairs,
-)
+from probtensor.contract import CP, Structure, Tucker, core_statistics, multilinear, pack, packed_size, unpack_pairs
 from probtensor.gaussian import Gamma, Gaussian, from_natural, gaussian_kl, square_root, standard_normal
 from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
 from probtensor.likelihoods import Likelihood, StudentT
+from probtensor.models.functional_mode import Mode
 from probtensor.models.functional_start import local_start, no_sites, start_columns
 from probtensor.models.functional_state import Block, Factor, Rows, State, expected_log_prob
 from probtensor.models.latent_functions import GaussianProcess, Given, LatentFunctions, Moments, log_variance_prior
@@ -105,6 +96,11 @@ class FunctionalTucker:
     likelihood: Likelihood | None = None
     offset: float = 0.0
     relevance_prior: tuple[float, float] = (0.0, 0.0)
+
+    @cached_property
+    def modes(self) -> tuple[Mode, ...]:
+        """What updates each mode's factor."""
+        return tuple(Mode(f, free, self.damping) for f, free in zip(self.functions, self.free, strict=True))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -204,26 +200,18 @@ class FunctionalTucker:
         """Set a block to its optimum given the others, from the sums over all rows."""
         if block == "core":
             return self._update_core(state, statistics)
-        free, old, past = self.free[block], state.factors[block], state.past
-        cut = packed_size(len(free))
-        precision, shift = unpack(statistics[:, :cut]), statistics[:, cut:]
-        # Columns of ones are known: what they explain moves to the other side.
-        known = precision[:, free][:, :, ~free].sum(-1)
-        tau = self._unit(state)
-        sites = Sites(tau * precision[:, free][:, :, free], tau * (shift[:, free] - known))
+        mode, old, past, unit = self.modes[block], state.factors[block], state.past, self._unit(state)
+        hyper = old.log_hyperparameters
         if past is not None:
-            sites = Sites(*(new + then for new, then in zip(sites, past.sites[block], strict=True)))
-        if self.damping:
-            sites = Sites(*(torch.lerp(new, kept, self.damping) for new, kept in zip(sites, old.sites, strict=True)))
-        if past is not None:
+            sites = mode.sites(statistics, unit, old.sites, past.sites[block])
             factor = self.factor_at_hand(block, old, sites, past.given[block])
+            error = mode.squared_error(statistics, state.square, factor.mean, factor.second)
         else:
-            due = self.learn and state.sweep >= WARM_UP and state.sweep % LEARN_EVERY == 0
-            hyper = old.log_hyperparameters
-            factor = self.factor(block, sites, self.learned(block, sites, hyper, state.sweep) if due else hyper)
-        error = state.square - 2 * (shift * factor.mean).sum() + (pack_dual(precision) * factor.second).sum()
+            if self.learn and state.sweep >= WARM_UP and state.sweep % LEARN_EVERY == 0:
+                hyper = self.learned(block, mode.sites(statistics, unit, old.sites), hyper, state.sweep)
+            factor, error = mode.optimum(statistics, unit, old.sites, hyper, state.square)
         factors = (*state.factors[:block], factor, *state.factors[block + 1 :])
-        return state._replace(factors=factors, squared_error=error.clamp(min=0))
+        return state._replace(factors=factors, squared_error=error)
 
     def end_sweep(self, state: State, parts: Sequence[Rows], total: Total = total_here) -> tuple[State, list[Rows]]:
         """Update the noise, or the likelihood's parameters and all rows' Gaussian factors; count the sweep."""
@@ -284,18 +272,11 @@ class FunctionalTucker:
 
     def factor(self, mode: int, sites: Sites, log_hyperparameters: Tensor) -> Factor:
         """Posterior of a mode from its sites and hyperparameters."""
-        f = self.functions[mode]
-        posterior, log_z = f.posterior(log_hyperparameters, sites)
-        mean, covariance = f.moments(log_hyperparameters, sites, posterior)
-        second = covariance + mean[:, :, None] * mean[:, None, :]
-        divergence = (sites.shift * mean).sum() - 0.5 * (sites.precision * second).sum() - log_z
-        return Factor(
-            sites, log_hyperparameters, posterior, divergence, *self._with_ones(mode, Moments(mean, covariance))
-        )
+        return self.modes[mode].factor(sites, log_hyperparameters)
 
     def factor_at_hand(self, mode: int, factor: Factor, sites: Sites, given: Given) -> Factor:
         """The factor with other sites at the coordinates of the rows at hand; see `Past`."""
-        mean, second = self._with_ones(mode, given(sites))
+        mean, second = self.modes[mode].with_ones(given(sites))
         return factor._replace(sites=sites, mean=mean, second=second)
 
     def learned(self, mode: int, sites: Sites, log_hyperparameters: Tensor, sweep: int) -> Tensor:
@@ -321,7 +302,7 @@ class FunctionalTucker:
         mean, variance : Tensor, shape (n,)
         """
         unique = [torch.unique(x, return_inverse=True) for x in coordinates]
-        moments = [self._with_ones(k, self.functions_at(state, k, x)) for k, (x, _) in enumerate(unique)]
+        moments = [self.modes[k].with_ones(self.functions_at(state, k, x)) for k, (x, _) in enumerate(unique)]
         structure = self.structure(state)
         parts = []
         for chunk in self.chunks(coordinates[0]):
@@ -378,20 +359,9 @@ class FunctionalTucker:
             shift = torch.lerp(shift, old @ state.core.mean, self.damping)
         return state._replace(core=from_natural(precision, shift))
 
-    def _with_ones(self, mode: int, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Mean (n, R) and packed second moment of all columns from the moments of the latent functions."""
-        free = self.free[mode]
-        index = free.nonzero().squeeze(-1)
-        n, rank = moments.mean.shape[0], len(free)
-        mean = moments.mean.new_ones(n, rank)
-        mean[:, index] = moments.mean
-        second = mean[:, :, None] * mean[:, None, :]
-        second[:, index[:, None], index] += moments.covariance
-        return mean, pack(second)
-
-    def _unit(self, state: State) -> Tensor | float:
+    def _unit(self, state: State) -> Tensor:
         """What the rows' precisions are measured in."""
-        return state.noise.mean if self.likelihood is None else 1.0
+        return state.noise.mean if self.likelihood is None else torch.ones_like(state.square)
 
     def _start_parameters(self, share: float, like: Tensor) -> Tensor:
         return like.new_zeros(0) if self.likelihood is None else self.likelihood.start(share, like)

@@ -124,7 +124,7 @@ class PeriodicState(KernelState):
         cos, sin = torch.cos(angle), torch.sin(angle)
         d = len(self.observe)
         matrix = gaps.new_zeros(gaps.shape[0], d, d)
-        matrix[:, 0, 0] = 1.0
+        matrix[:, 0, 0].fill_(1.0)
         first = torch.arange(1, d, 2, device=gaps.device)
         matrix[:, first, first] = matrix[:, first + 1, first + 1] = cos
         matrix[:, first, first + 1], matrix[:, first + 1, first] = sin, -sin

@@ -127,7 +127,9 @@ class GaussianProcess(LatentFunctions):
         smooth, self._white = _split_white(kernel)
         self._form = kernel_state(smooth, Extent(first + (last - first) / 2, last - first or 1.0, len(coordinates)))
         self._dim = len(self._form.observe)
+        self._weights = coordinates.new_tensor([self._form.observe])
         self._selects = self._form.observe == (1.0,) + (0.0,) * (self._dim - 1)  # H takes the first of each d entries
+        self._entries = slice(None, None, self._dim if self._selects else 1)  # of the state, that the functions need
 
     @property
     def size(self) -> int:  # noqa: D102 - inherited
@@ -173,7 +175,7 @@ class GaussianProcess(LatentFunctions):
         return kalman.log_normalizer(self.chain(log_hyperparameters, self.coordinates), smooth_sites) + constant
 
     def moments(self, log_hyperparameters: Tensor, sites: Sites, posterior: Posterior) -> Moments:  # noqa: D102
-        return self._observed(*kalman.condition(*posterior), log_hyperparameters, sites)
+        return self._observed(*kalman.condition(*posterior, self._entries), log_hyperparameters, sites)
 
     def given(self, log_hyperparameters: Tensor, sites: Sites, here: Tensor) -> Given:  # noqa: D102
         chain = self.chain(log_hyperparameters, self.coordinates)
@@ -182,7 +184,7 @@ class GaussianProcess(LatentFunctions):
         def moments(now: Sites) -> Moments:
             smooth_sites, _ = self._smooth_sites(log_hyperparameters, now)
             posterior = kalman.smooth_between(blocks, chain.observe, smooth_sites)
-            return self._observed(*kalman.condition(*posterior), log_hyperparameters, now)
+            return self._observed(*kalman.condition(*posterior, self._entries), log_hyperparameters, now)
 
         return moments
 
@@ -196,23 +198,22 @@ class GaussianProcess(LatentFunctions):
         left, right = left.clamp(min=0), right.clamp(max=self.size - 1)
 
         forward = self._step(log_hyperparameters, torch.where(has_left, where - self.coordinates[left], 0.0))
-        A, P = forward.matrix, posterior.covariance[left]
+        behind, _ = self._smooth_sites(log_hyperparameters, Sites(*(x[left] for x in sites)))
+        known = kalman.information_of(H, behind)
+        A, D = forward.matrix, H.shape[1]
+        m, P = kalman.condition(posterior.mean[left], posterior.covariance[left], known[..., D:], known[..., :D])
         prior = self._prior(log_hyperparameters, where)  # left of all coordinates, that of `where` itself
-        mean = torch.where(has_left[:, None, None], A @ posterior.mean[left], 0.0)
+        mean = torch.where(has_left[:, None, None], A @ m, 0.0)
         covariance = torch.where(has_left[:, None, None], A @ P @ A.mT + forward.noise, prior)
 
         backward = self._step(log_hyperparameters, torch.where(has_right, self.coordinates[right] - where, 0.0))
-        ahead, _ = self._smooth_sites(log_hyperparameters, Sites(*(x[right] for x in sites)))
-        shift, precision = kalman.pull_back(
-            *backward,
-            posterior.shift[right] + H.T @ ahead.shift[..., None],
-            posterior.precision[right] + H.T @ ahead.precision @ H,
-        )
+        shift, precision = kalman.pull_back(*backward, posterior.shift[right], posterior.precision[right])
         shift = torch.where(has_right[:, None, None], shift, 0.0)
         precision = torch.where(has_right[:, None, None], precision, 0.0)
         seen = has_left & (self.coordinates[left] == where)
         here = Sites(*(torch.where(seen.reshape(-1, *[1] * (x.ndim - 1)), x[left], 0.0) for x in sites))
-        return self._observed(*kalman.condition(mean, covariance, shift, precision), log_hyperparameters, here)
+        found = kalman.condition(mean, covariance, shift, precision, self._entries)
+        return self._observed(*found, log_hyperparameters, here)
 
     def sample(  # noqa: D102
         self, log_hyperparameters: Tensor, sites: Sites, where: Tensor, n_samples: int, generator: torch.Generator
@@ -239,18 +240,15 @@ class GaussianProcess(LatentFunctions):
         return block_diagonal(self._form.prior(coordinates, self._smooth(log_hyperparameters).exp()))
 
     def _observe(self, log_hyperparameters: Tensor) -> Tensor:
-        one = torch.eye(
-            log_hyperparameters.shape[1], dtype=log_hyperparameters.dtype, device=log_hyperparameters.device
-        )
-        return torch.kron(one, log_hyperparameters.new_tensor([self._form.observe]))
+        one = torch.eye(log_hyperparameters.shape[1], dtype=self._weights.dtype, device=self._weights.device)
+        return torch.kron(one, self._weights)
 
     def _observed(self, mean: Tensor, covariance: Tensor, log_hyperparameters: Tensor, sites: Sites) -> Moments:
-        """The functions' moments from those of the states (n, D, 1) and (n, D, D), and the sites there."""
-        if self._selects:
-            mean, covariance = mean[:, :: self._dim, 0], covariance[:, :: self._dim, :: self._dim]
-        else:
+        """The functions' moments from those of the states' `_entries`, (n, E, 1) and (n, E, E), and the sites there."""
+        if not self._selects:
             H = self._observe(log_hyperparameters)
-            mean, covariance = (H @ mean).squeeze(-1), H @ covariance @ H.T
+            mean, covariance = H @ mean, H @ covariance @ H.T
+        mean = mean.squeeze(-1)
         if self._white is None:
             return Moments(mean, covariance)
         return Moments(*add_white(log_hyperparameters[self._white].exp(), sites, mean, covariance))

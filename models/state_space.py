@@ -17,6 +17,7 @@ models". Fang et al. (2024), "Functional Bayesian Tucker Decomposition for Conti
 """
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -98,9 +99,7 @@ def stationary_covariance(nu: float, variance: Tensor) -> Tensor:
 
 def stationary_blocks(nu: float, variance: Tensor) -> Tensor:
     """The blocks of `stationary_covariance`, shape (R, d, d)."""
-    state_dim(nu)
-    unit = torch.tensor(_STATIONARY[nu], dtype=variance.dtype, device=variance.device)
-    return variance[:, None, None] * unit
+    return variance[:, None, None] * _constants(nu, variance.dtype, variance.device).stationary
 
 
 def transition(nu: float, gaps: Tensor, lengthscale: Tensor, variance: Tensor) -> Transition:
@@ -131,23 +130,51 @@ def matern_blocks(nu: float, gaps: Tensor, lengthscale: Tensor, variance: Tensor
     """The blocks of `transition`, both tensors of shape (n, R, d, d)."""
     d = state_dim(nu)
     s = math.sqrt(2 * nu) * gaps[:, None] / lengthscale  # (n, R)
+    known = _constants(nu, s.dtype, s.device)
     decay = torch.exp(-s)
-    drift = torch.tensor(_DRIFT[nu], dtype=s.dtype, device=s.device)  # (d, d, d): power, row, column
     powers = torch.stack([decay * s**n for n in range(d)], dim=-1)  # (n, R, d)
-    matrix = torch.einsum("nrp,pij->nrij", powers, drift)
+    matrix = torch.einsum("nrp,pij->nrij", powers, known.drift)
+    twice = (2 * s[..., None]).clamp(min=torch.finfo(s.dtype).tiny)  # the gradient of gammainc is NaN at 0
+    incomplete = torch.special.gammainc(known.orders, twice).masked_fill(s[..., None] <= 0, 0.0)  # (n, R, 2d-1)
+    noise = torch.einsum("nrp,pij->nrij", incomplete, known.feed) * variance[:, None, None]
+    return Transition(matrix, noise)
 
-    feed = drift[:, :, -1]  # (power, row) of the last column
-    square = torch.zeros(2 * d - 1, d, d, dtype=s.dtype, device=s.device)
+
+class _Constants(NamedTuple):
+    """What the matrices of one smoothness are made of.
+
+    Attributes
+    ----------
+    stationary : Tensor, shape (d, d)
+    drift : Tensor, shape (d, d, d)
+        Power of ``s``, row, column.
+    orders : Tensor, shape (2d-1,)
+        Of the incomplete gamma functions in the noise: one more than the power of ``s``.
+    feed : Tensor, shape (2d-1, d, d)
+        What each of these functions feeds into the noise.
+    """
+
+    stationary: Tensor
+    drift: Tensor
+    orders: Tensor
+    feed: Tensor
+
+
+@cache  # so that a GPU gets them once: a copy from the CPU waits, and no graph can hold it
+@torch.inference_mode(False)
+def _constants(nu: float, dtype: torch.dtype, device: torch.device) -> _Constants:
+    d = state_dim(nu)
+    drift = torch.tensor(_DRIFT[nu], dtype=torch.float64)
+    last = drift[:, :, -1]  # (power, row) of the last column
+    square = torch.zeros(2 * d - 1, d, d, dtype=torch.float64)
     for m in range(d):
         for n in range(d):
-            square[m + n] += torch.outer(feed[m], feed[n])
+            square[m + n] += torch.outer(last[m], last[n])
     # integral_0^s u^p exp(-2u) du = p! / 2^(p+1) * P(p+1, 2s), P the regularised lower incomplete gamma function
-    orders = torch.arange(1, 2 * d, dtype=s.dtype, device=s.device)
-    scale = torch.exp(torch.lgamma(orders) - orders * math.log(2.0))
-    twice = (2 * s[..., None]).clamp(min=torch.finfo(s.dtype).tiny)  # the gradient of gammainc is NaN at 0
-    integrals = torch.where(s[..., None] > 0, scale * torch.special.gammainc(orders, twice), 0.0)  # (n, R, 2d-1)
-    noise = _INTENSITY[nu] * torch.einsum("nrp,pij->nrij", integrals, square) * variance[:, None, None]
-    return Transition(matrix, noise)
+    orders = torch.arange(1, 2 * d, dtype=torch.float64)
+    scale = _INTENSITY[nu] * torch.exp(torch.lgamma(orders) - orders * math.log(2.0))
+    stationary = torch.tensor(_STATIONARY[nu], dtype=torch.float64)
+    return _Constants(*(x.to(device, dtype) for x in (stationary, drift, orders, scale[:, None, None] * square)))
 
 
 def matern_covariance(nu: float, distance: Tensor, lengthscale: Tensor | float, variance: Tensor | float) -> Tensor:
@@ -182,6 +209,5 @@ def block_diagonal(blocks: Tensor) -> Tensor:
     """(..., R, d, d) blocks to (..., R d, R d)."""
     *batch, count, d, _ = blocks.shape
     full = blocks.new_zeros(*batch, count, d, count, d)
-    index = torch.arange(count, device=blocks.device)
-    full[..., index, :, index, :] = torch.movedim(blocks, -3, 0)
+    full.diagonal(dim1=-4, dim2=-2).copy_(blocks.movedim(-3, -1))
     return full.reshape(*batch, count * d, count * d)

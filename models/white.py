@@ -11,6 +11,7 @@ from torch import Tensor
 
 from probtensor.gaussian import square_root, standard_normal
 from probtensor.inference.kalman import Sites, condition, site_log_normalizer
+from probtensor.linalg import inverse
 
 __all__ = ["add_white", "draw_white", "without_white"]
 
@@ -64,6 +65,6 @@ def draw_white(variance: Tensor, sites: Sites, smooth: Tensor, generator: torch.
 def _given_smooth(variance: Tensor, sites: Sites) -> tuple[Tensor, Tensor]:
     """``(1 + V L)^-1`` and ``(1 + V L)^-1 V``, each (n, R, R)."""
     one = torch.eye(len(variance), dtype=variance.dtype, device=variance.device)
-    gain = torch.linalg.inv(one + variance[:, None] * sites.precision)
+    gain = inverse(one + variance[:, None] * sites.precision)
     left = gain * variance
     return gain, 0.5 * (left + left.mT)
