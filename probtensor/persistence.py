@@ -29,7 +29,7 @@ import probtensor
 
 __all__ = ["load", "read_header", "read_state", "state_from_bytes", "write_state"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: other smoothed states
 HEADER_KEY = "probtensor"
 # safetensors writes the metadata first, so that our files can be told from others and from their own beginnings.
 SIGNATURE = b'{"__metadata__":{"' + HEADER_KEY.encode() + b'":"'
@@ -115,7 +115,7 @@ def read_state(path: str | os.PathLike[str]) -> tuple[str, dict[str, torch.Tenso
     FileNotFoundError, IsADirectoryError
         If `path` is not a file.
     ValueError
-        If the file is not a probtensor model, was written in a newer format, or is truncated or damaged.
+        If the file is not a probtensor model, was written in another format, or is truncated or damaged.
     """
     return state_from_bytes(_bytes(path), path)
 
@@ -169,7 +169,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     FileNotFoundError, IsADirectoryError
         If `path` is not a file.
     ValueError
-        If the file is not a probtensor model, was written in a newer format, is truncated or damaged, or holds a
+        If the file is not a probtensor model, was written in another format, is truncated or damaged, or holds a
         model that this version does not have.
 
     Examples
@@ -226,11 +226,14 @@ def _header(data: bytes, path: str | os.PathLike[str]) -> dict[str, Any]:
         raise _damaged(path, f"its header cannot be read: {error}") from error
     if not (isinstance(format_version, int) and isinstance(kind, str) and isinstance(meta, dict)):
         raise _damaged(path, "its header has entries of the wrong type")
+    written_by = (
+        f"{file} has format version {format_version} (written by probtensor {header.get('probtensor_version')})"
+    )
+    here = f"probtensor {probtensor.__version__} reads version {FORMAT_VERSION}"
     if format_version > FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {format_version} (written by probtensor {header.get('probtensor_version')}); "
-            f"probtensor {probtensor.__version__} reads versions up to {FORMAT_VERSION}: upgrade it"
-        )
+        raise ValueError(f"{written_by}; {here}: upgrade it")
+    if format_version < FORMAT_VERSION:
+        raise ValueError(f"{written_by}; {here}: fit and save the model again")
     return header  # type: ignore[no-any-return]
 
 

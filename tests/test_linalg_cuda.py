@@ -17,7 +17,7 @@ def matrices(n: int, D: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("D", [1, 2, 3, 4, 9, 16, 33, 64])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_inverses_and_determinants_are_as_good_as_those_of_torch(D: int, dtype: torch.dtype):
+def test_inverses_and_determinants_are_as_good_as_conditions_allow(D: int, dtype: torch.dtype):
     from probtensor.linalg_cuda import inverse_and_log_det
 
     matrix = matrices(50, D, torch.float64).to(dtype)
@@ -27,9 +27,10 @@ def test_inverses_and_determinants_are_as_good_as_those_of_torch(D: int, dtype: 
         inverse_error = (inverse - expected).abs().amax((-2, -1)) / expected.abs().amax((-2, -1))
         return float(inverse_error.max()), float((log - log_det).abs().max())
 
-    theirs = errors(torch.linalg.inv(matrix), torch.linalg.slogdet(matrix).logabsdet)
-    for error, other in zip(errors(*inverse_and_log_det(matrix)), theirs, strict=True):
-        assert error < 10 * other + 100 * torch.finfo(dtype).eps
+    worst = float(torch.linalg.cond(matrix.double()).max()) * torch.finfo(dtype).eps
+    inverse_error, log_error = errors(*inverse_and_log_det(matrix))
+    assert inverse_error < 10 * worst
+    assert log_error < 10 * D * worst
 
 
 def test_rows_are_exchanged_where_the_first_pivot_is_zero():

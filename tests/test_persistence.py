@@ -188,15 +188,26 @@ def test_every_truncation_is_reported_as_one(path):
 
 def rewrite(path: Path, **changes: object) -> None:
     """Write a file whose header has the given entries."""
-    header = {"format_version": 1, "probtensor_version": "9.9", "kind": KIND, "meta": {}} | changes
+    header = {
+        "format_version": persistence.FORMAT_VERSION,
+        "probtensor_version": "9.9",
+        "kind": KIND,
+        "meta": {},
+    } | changes
     save_file({"a": torch.ones(1)}, path, metadata={"probtensor": json.dumps(header)})
 
 
 def test_a_newer_format_is_named(path):
-    rewrite(path, format_version=2)
+    rewrite(path, format_version=3)
     with pytest.raises(
-        ValueError, match=r"format version 2 \(written by probtensor 9\.9\).*reads versions up to 1: upgrade it"
+        ValueError, match=r"format version 3 \(written by probtensor 9\.9\).*reads version 2: upgrade it"
     ):
+        load(path)
+
+
+def test_an_older_format_is_named_and_not_misread(path):
+    rewrite(path, format_version=1)
+    with pytest.raises(ValueError, match=r"format version 1 .*reads version 2: fit and save the model again"):
         load(path)
 
 
