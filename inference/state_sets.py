@@ -18,8 +18,9 @@ Drefs, Guiraud, Lücke (2022), "Evolutionary Variational Optimization of Generat
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,11 +148,14 @@ class Selected:
     index : Tensor, shape (C, n), int64
         Component that each place stands for.
     n_components : int
+    memo : dict
+        What a model found of these states and keeps for its sums.
     """
 
     table: StateTable
     index: Tensor
     n_components: int
+    memo: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_singles(self) -> int:
@@ -267,9 +271,12 @@ class Own:
     Attributes
     ----------
     values : Tensor, shape (S, H, n)
+    memo : dict
+        What a model found of these states and keeps for its sums.
     """
 
     values: Tensor
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def state(self, number: Tensor) -> Tensor:
         """One state of each point, by its number (n,): shape (H, n)."""

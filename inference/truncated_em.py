@@ -41,6 +41,7 @@ __all__ = [
     "Result",
     "Selection",
     "TruncatedModel",
+    "normalise",
     "run",
 ]
 
@@ -138,8 +139,10 @@ class Preselection:
                 before = model.log_joint(params, points.take(changed), old)
                 better = before.logsumexp(0) > joint[:, changed].logsumexp(0)
                 back = changed[better]
-                joint[:, back] = before[:, better]
-                index[:, back] = kept[:, back]
+                if len(back):
+                    joint[:, back] = before[:, better]
+                    index[:, back] = kept[:, back]
+                    states = Selected(self.table, index, self.n_components)
         return states, joint, index.to(torch.int16)
 
 
@@ -185,6 +188,14 @@ class Result(NamedTuple, Generic[P]):
     params_history: list[P]
     n_iter: int
     converged: bool
+
+
+def normalise(log_joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Log evidence (n,) and posterior (states, n) of log joint densities, which are overwritten."""
+    highest = log_joint.amax(0)
+    q = log_joint.sub_(highest).exp_()
+    total = q.sum(0)
+    return highest + total.log(), q.div_(total)
 
 
 class DataCut(NamedTuple):
@@ -320,8 +331,10 @@ def run(
         own_seed = (seed * 1_000_003 + step * 7_919 + (first_block + number) * 104_729) % 2**63
         before = kept[number] if T == 1 else None
         states, joint, chosen[number] = selection.step(model, params, points, before, own_seed)
-        log_z = joint.logsumexp(0)
-        q = joint.sub_(log_z).exp_() if T == 1 else (joint / T).softmax(0)
+        if T == 1:
+            log_z, q = normalise(joint)
+        else:
+            log_z, q = joint.logsumexp(0), (joint / T).softmax(0)
         if cut is not None and T == 1:
             used = (log_z >= evidence.threshold).to(q.dtype)
             q *= used

@@ -136,8 +136,8 @@ class SpikeSlab:
             alone, _ = states.split(joint)
             if len(alone):
                 alone[0] = self._alone(params, b, gram)[0]
-        for active in self._levels(b, gram, states):
-            joint[active.rows] = self._slabs(params, active).log_odds
+        for active, slabs in self._known(params, b, gram, states):
+            joint[active.rows] = slabs.log_odds
         constant = points.log_density_of_noise(params.variance) + torch.log1p(-params.prob).sum()
         return joint.add_(constant)
 
@@ -217,6 +217,15 @@ class SpikeSlab:
         log_odds = odds + 0.5 * (variance / psi).log() + mu * (b - 0.5 * G * mu) + 0.5 * variance * rest**2
         return log_odds, mu + variance * rest, variance
 
+    def _known(
+        self, params: SlabParameters, b: Tensor, gram: Gram, states: Selected | Own
+    ) -> list[tuple[_Active, _Slabs]]:
+        """Active causes and their slabs, found once for a set of states."""
+        if states.memo.get("params") is not params:
+            found = [(active, self._slabs(params, active)) for active in self._levels(b, gram, states)]
+            states.memo.update(params=params, slabs=found)
+        return states.memo["slabs"]  # type: ignore[no-any-return]
+
     def _levels(self, b: Tensor, gram: Gram, states: Selected | Own) -> list[_Active]:
         if isinstance(states, Own):
             g = min(self.max_active, len(b))
@@ -245,17 +254,17 @@ class SpikeSlab:
         if self.full:
             precision, log_slab = _inverse(_used(params.slab[c[:, None], c[None]], on))
         else:
-            psi = params.slab[c]
+            inverse, log_slab = (1 / params.slab)[c], params.slab.log()[c]
             if on is not None:
-                psi = torch.where(on, psi, 1.0)
-            log_slab = psi.log().sum(0)
+                inverse, log_slab = torch.where(on, inverse, 1.0), log_slab * on
+            log_slab = log_slab.sum(0)
         if on is not None:
             G = G * (on[:, None] & on[None])
             b, mu, odds = b * on, mu * on, odds * on
         M = G.clone()
         if precision is None:
             for k in range(len(c)):
-                M[k, k] += 1 / psi[k]
+                M[k, k] += inverse[k]
         else:
             M += precision
         covariance, log_det = _inverse(M)
@@ -288,8 +297,8 @@ class SpikeSlab:
                 moved = (kappa - params.mean[:, None]) / psi
                 t += alone * moved
                 K_diagonal += alone * ((variance - psi) / psi**2 + moved**2)
-        for active in self._levels(b, gram, states):
-            slabs, weight = self._slabs(params, active), q[active.rows]
+        for active, slabs in self._known(params, b, gram, states):
+            weight = q[active.rows]
             kappa, covariance = slabs.mean, slabs.covariance
             if active.on is not None:
                 kappa = kappa * active.on
@@ -341,7 +350,7 @@ def _used(matrix: Tensor, on: Tensor | None) -> Tensor:
 
 def _inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse (g, g, …) and log determinant (…) of positive definite matrices (g, g, …), which are overwritten."""
-    log_det = torch.zeros_like(matrix[0, 0]) if len(matrix) else matrix.new_zeros(matrix.shape[2:])
+    log_det = matrix.new_zeros(matrix.shape[2:])
     for k in range(len(matrix)):
         pivot = matrix[k, k].clone()
         log_det += pivot.log()
