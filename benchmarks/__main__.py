@@ -16,6 +16,7 @@ import probtensor as pt
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
 from benchmarks.ranks import rank_lines
 from benchmarks.scale import scale_lines
+from benchmarks.sparse import bars_lines, missing_lines, patch_lines, picture_lines, step_lines
 from benchmarks.splits import count_references, count_table, funbat, funbat_counts, reference_methods, table
 from probtensor import plotting
 from probtensor.blocks import total_here
@@ -356,6 +357,38 @@ def _report(lines: list[str], out: Path | None) -> None:
     print(text)
     if out is not None:
         out.write_text(text)
+
+
+@app.command()
+def sparse(
+    data: Annotated[Path, typer.Option(help="Folder with the bars data (bars_bsc_seed0.npz, …) and house.png.")],
+    parts: Annotated[str, typer.Option(help="Of bars, steps, missing, pictures; separated by commas.")] = "bars,steps",
+    seeds: int = 10,
+    out: Out = None,
+) -> None:
+    """Sparse coding: bars found with default settings, seconds a step, missing entries, pictures."""
+    torch.set_num_threads(1)
+    made = {
+        "bars": lambda: bars_lines(data, seeds),
+        "steps": lambda: step_lines(data),
+        "missing": lambda: missing_lines(data),
+        "pictures": lambda: picture_lines(data / "house.png", min(seeds, 3)),
+    }
+    lines = [line for part in parts.split(",") for line in ["", *made[part]()]]
+    _report([f"{_machine('cpu')}, one thread", *lines], out)
+
+
+@app.command()
+def patches(
+    sizes: str = "10000",
+    device: str = "cpu",
+    n_components: int = 256,
+    side: int = 16,
+    out: Out = None,
+) -> None:
+    """Seconds of a step of BSC against the number of patches."""
+    lines = patch_lines(device, [int(size) for size in sizes.split(",")], n_components, side)
+    _report([_machine(device), "", *lines], out)
 
 
 if __name__ == "__main__":
