@@ -330,7 +330,9 @@ def run(
             bar.update()
             bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
             fell = guarded and good is not None and bound < history[-1] - ROUNDING * max(abs(bound), 1.0)
-            if fell and share > SHORTEST and step < max_iter:
+            if fell and share > SHORTEST:
+                if step == max_iter:
+                    break
                 share /= 2
                 kept = list(good[1])
                 params = model.towards(good[0], target, share)
