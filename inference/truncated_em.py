@@ -319,6 +319,7 @@ def run(
             T = temperature(step)
             chosen: list[Tensor | None] = [None] * len(blocks)
 
+            cutting = T == 1 and evidence.threshold > -math.inf
             numbers = range(len(blocks))
             total = comm.sum(*add_up(sums_of(number, step, T, params, kept, chosen) for number in numbers))
             n_points, statistics = float(total[0]), total[1 + evidence.size :]
@@ -351,7 +352,7 @@ def run(
                 return Result(params, history, params_history, n_updates, True)
             if step == max_iter:
                 break
-            correction = cut.correction(model.activity(params)) if cut is not None and T == 1 else 1.0
+            correction = cut.correction(model.activity(params)) if cut is not None and cutting else 1.0
             target = model.update(params, statistics, masked, correction)
             share = min(2 * share, 1.0)
             params = target if share == 1 else model.towards(params, target, share)
