@@ -105,6 +105,7 @@ class LinearCoding:
         W, explained = solve_rows(first, second.reshape(-1, H, H), params.W)
         variance = ((square - explained) / n_seen).squeeze(0)
         prob = correction * counts / (n_points * H)
+        prob = prob / prob.sum().clamp(min=1)
         if self.tied:
             prob = prob.mean().expand(V)
         tiny = torch.finfo(prob.dtype).tiny
