@@ -96,7 +96,8 @@ class PointBlocks(Sequence[Points]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         rows = self.array[number * self.size : (number + 1) * self.size]
-        y = torch.from_numpy(np.array(rows)).to(self.device, self.dtype)
+        single = self.dtype == torch.float32
+        y = torch.from_numpy(np.array(rows, np.float32 if single else np.float64, order="C")).to(self.device)
         return Points.of(y, self.masked)
 
 
