@@ -228,8 +228,8 @@ class SpikeSlab:
             number = b.new_zeros(len(b), len(b), dtype=torch.int64)
             number[i, j] = number[j, i] = torch.arange(len(i), device=b.device)
             pairs = gram.pairs(everything)
-            G = pairs.gather(0, number[component[:, None], component[None]].reshape(-1, b.shape[1]))
-            here = b.gather(0, component.reshape(-1, b.shape[1])).reshape(component.shape)
+            G = pairs.gather(0, number[component[:, None], component[None]].flatten(0, 2))
+            here = b.gather(0, component.flatten(0, 1)).reshape(component.shape)
             rows = torch.arange(len(states.values), device=b.device)
             return [_Active(rows, component, on, None, G.reshape(g, g, *component.shape[1:]), here)]
         pairs, inside = gram.pairs(states.index), b.gather(0, states.index)
@@ -297,8 +297,8 @@ class SpikeSlab:
             if active.on is not None:
                 kappa = kappa * active.on
                 covariance = covariance * (active.on[:, None] & active.on[None])
-            flat = active.component.reshape(-1, n)
-            mean.scatter_add_(0, flat, (weight * kappa).reshape(-1, n))
+            flat = active.component.flatten(0, 1)
+            mean.scatter_add_(0, flat, (weight * kappa).flatten(0, 1))
             _add_pairs(inside, active, weight * (covariance + kappa[:, None] * kappa))
             if self.full:
                 assert slabs.precision is not None
@@ -309,7 +309,7 @@ class SpikeSlab:
                 change = less - slabs.precision + moved[:, None] * moved
                 if active.on is not None:
                     change = change * (active.on[:, None] & active.on[None])
-                t.scatter_add_(0, flat, (weight * moved).reshape(-1, n))
+                t.scatter_add_(0, flat, (weight * moved).flatten(0, 1))
                 _add_pairs(K_inside, active, weight * change)
         second = sum_of_pairs(torch.cat([inside, diagonal]), index, H, points.seen)
         if points.seen is not None:
@@ -320,16 +320,15 @@ class SpikeSlab:
 
 def _add_pairs(total: Tensor, active: _Active, terms: Tensor) -> None:
     """Add terms (g, g, S, n) of states to those of pairs of candidates, (P, n): each pair once."""
-    g, n = len(terms), terms.shape[-1]
-    i, j = pair_places(g, terms.device)
+    i, j = pair_places(len(terms), terms.device)
     if active.pair is not None:
-        total.index_add_(0, active.pair[i, j].reshape(-1), terms[i, j].reshape(-1, n))
+        total.index_add_(0, active.pair[i, j].reshape(-1), terms[i, j].flatten(0, 1))
         return
     H = int((2 * len(total) + 0.25) ** 0.5)
     low = torch.minimum(active.component[i], active.component[j])
     high = torch.maximum(active.component[i], active.component[j])
     number = low * H - low * (low - 1) // 2 + high - low
-    total.scatter_add_(0, number.reshape(-1, n), terms[i, j].reshape(-1, n))
+    total.scatter_add_(0, number.flatten(0, 1), terms[i, j].flatten(0, 1))
 
 
 def _used(matrix: Tensor, on: Tensor | None) -> Tensor:
