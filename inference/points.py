@@ -106,7 +106,8 @@ class Summary(NamedTuple):
 
     Attributes
     ----------
-    n_points : int
+    n_points, n_seen : int
+        Points, and observed entries.
     mean, variance : ndarray, shape (D,)
         Of the observed entries.
     masked : bool
@@ -114,6 +115,7 @@ class Summary(NamedTuple):
     """
 
     n_points: int
+    n_seen: int
     mean: npt.NDArray[np.float64]
     variance: npt.NDArray[np.float64]
     masked: bool
@@ -160,7 +162,8 @@ def summarise(blocks: PointBlocks, comm: Comm) -> Summary:
     count, first, second = sums[1:].reshape(3, -1)
     known = np.maximum(count, 1)
     mean = first / known
-    return Summary(int(sums[0]), mean, np.maximum(second / known - mean**2, 0), bool((count < sums[0]).any()))
+    variance, masked = np.maximum(second / known - mean**2, 0), bool((count < sums[0]).any())
+    return Summary(int(sums[0]), int(count.sum()), mean, variance, masked)
 
 
 def any_missing(array: npt.NDArray[Any]) -> bool:

@@ -365,6 +365,6 @@ def run(
         warnings.warn(
             f"not converged: max_iter={max_iter} steps done, the bound still moves. Raise max_iter or tol.",
             ConvergenceWarning,
-            stacklevel=6,
+            stacklevel=7,  # the caller of `fit`
         )
     return Result(params, history, params_history, n_updates, False)
