@@ -21,7 +21,7 @@ from torch import Tensor
 
 from probtensor.inference.state_sets import Gram, Own, Selected, pair_places, pursue, sum_of_pairs
 from probtensor.inference.truncated_em import Points
-from probtensor.models.linear_coding import solve_rows
+from probtensor.models.linear_coding import noise_variance, solve_rows
 
 __all__ = ["SlabParameters", "SpikeSlab"]
 
@@ -160,20 +160,21 @@ class SpikeSlab:
         sizes = [D * H, D * H * H if masked else H * H, H, H, H, *([H, H * H] if self.full else []), 1, 1, 1]
         first, second, used, mean, square_mean, *slabs, n_points, n_seen, square = statistics.split(sizes)
         W, explained = solve_rows(first.reshape(D, H), second.reshape(-1, H, H), params.W)
-        tiny = torch.finfo(used.dtype).tiny ** 0.5
-        prob = (correction * used / n_points).clamp(tiny, 1 - torch.finfo(used.dtype).eps)
+        variance = noise_variance(square - explained, square, n_seen)
+        tiny, eps = torch.finfo(used.dtype).tiny ** 0.5, torch.finfo(used.dtype).eps
+        prob = (correction * used / n_points).clamp(tiny, 1 - eps)
         if self.full:
             shift = params.slab @ slabs[0] / n_points
             covariance = params.slab + params.slab @ slabs[1].reshape(H, H) @ params.slab / n_points
             slab = covariance - shift[:, None] * shift
-            return SlabParameters(
-                W, prob, params.mean + shift, 0.5 * (slab + slab.T), ((square - explained) / n_seen)[0]
-            )
+            slab = 0.5 * (slab + slab.T)
+            slab.diagonal().add_(8 * eps * covariance.diagonal() + tiny)  # so that rounding leaves it invertible
+            return SlabParameters(W, prob, params.mean + shift, slab, variance)
         known = used > tiny
         share = used.clamp(min=tiny)
         mu = torch.where(known, mean / share, params.mean)
-        slab = torch.where(known, square_mean / share - mu**2, params.slab).clamp(min=tiny)
-        return SlabParameters(W, prob, mu, slab, ((square - explained) / n_seen)[0])
+        slab = torch.where(known, torch.maximum(square_mean / share - mu**2, 8 * eps * mu**2), params.slab)
+        return SlabParameters(W, prob, mu, slab.clamp(min=tiny), variance)
 
     def activity(self, params: SlabParameters) -> float:
         """Mean probability of a cause to be active."""
@@ -274,10 +275,7 @@ class SpikeSlab:
         """Sums ``<s>`` (H,), means ``<s z>`` (H, n), sums of ``<sz (sz)'>``, and what a full ``Psi`` needs."""
         b, gram = self._messages(params, points)
         H, n = b.shape
-        if isinstance(states, Own):
-            index = torch.arange(H, device=b.device)[:, None].expand(H, n)
-        else:
-            index = states.index
+        index = torch.arange(H, device=b.device)[:, None].expand(H, n) if isinstance(states, Own) else states.index
         i, _ = pair_places(len(index), b.device)
         inside, diagonal = b.new_zeros(len(i), n), b.new_zeros(H, n)
         mean, t, K_inside, K_diagonal = b.new_zeros(H, n), b.new_zeros(H, n), b.new_zeros(len(i), n), b.new_zeros(H, n)
