@@ -70,7 +70,7 @@ class Evolution:
     def _first(self, n: int, generator: torch.Generator) -> Tensor:
         """The zero state, single components, and random pairs: distinct with high probability; copies count once."""
         H = self.n_components
-        values = torch.zeros(self.n_states, H, n)
+        values = torch.zeros(self.n_states, H, n, dtype=torch.float64)
         choice = torch.rand(self.n_states, H, n, generator=generator)
         for place, size in enumerate([0, *([1] * min(H, self.n_states // 2)), *([2] * self.n_states)][: self.n_states]):
             size = min(size, self.max_active, H)
@@ -80,7 +80,7 @@ class Evolution:
 
     def _random_values(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(self.values), tuple(shape), generator=generator)
-        return torch.tensor(list(self.values))[chosen]
+        return torch.tensor(list(self.values), dtype=torch.float64)[chosen]
 
     def _bettered(
         self,
@@ -95,7 +95,7 @@ class Evolution:
         everything = torch.cat([values, children])
         joint = torch.cat([joint, model.log_joint(params, points, Own(children))])
         joint[len(values) :].masked_fill_((children != 0).sum(1) > self.max_active, -torch.inf)
-        joint = joint.masked_fill(_repeated(everything, generator), -torch.inf)
+        joint = joint.masked_fill(_repeated(everything, self.values, generator), -torch.inf)
         best, index = joint.topk(self.n_states, dim=0)
         return everything.gather(0, index[:, None].expand(-1, values.shape[1], -1)), best
 
@@ -119,12 +119,11 @@ class Evolution:
         return parents.scatter(1, place, changed)
 
 
-def _repeated(values: Tensor, generator: torch.Generator) -> Tensor:
+def _repeated(states: Tensor, values: Sequence[float], generator: torch.Generator) -> Tensor:
     """Which states of a point stand there already, further ahead: (S, n), from (S, H, n)."""
-    H = values.shape[1]
-    key = torch.randint(-(2**62), 2**62, (H,), generator=generator).to(values.device)
-    levels = (values * 64).to(torch.int64)  # values of a component differ by more than that
-    number = (levels * key[:, None] + (levels != 0) * (key[:, None] >> 7)).sum(1)  # wraps around
+    key = torch.randint(-(2**62), 2**62, (states.shape[1],), generator=generator).to(states.device)
+    levels = torch.bucketize(states, states.new_tensor(sorted({0.0, *values})))
+    number = (levels * key[:, None]).sum(1)  # wraps around
     ordered, order = number.sort(dim=0, stable=True)
     again = torch.zeros_like(ordered, dtype=torch.bool)
     again[1:] = ordered[1:] == ordered[:-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,8 +80,6 @@ class PointBlocks(Sequence[Points]):
         Whether any entry is missing, on any rank.
     dtype : torch.dtype
     device : torch.device
-    kept : dict of int to Points
-        Blocks that stay on a GPU, unless the array is on disk.
     """
 
     array: npt.NDArray[Any]
@@ -90,7 +88,6 @@ class PointBlocks(Sequence[Points]):
     masked: bool
     dtype: torch.dtype
     device: torch.device
-    kept: dict[int, Points] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return max(1, -(-len(self.array) // self.size))
@@ -98,13 +95,10 @@ class PointBlocks(Sequence[Points]):
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        if number in self.kept:
-            return self.kept[number]
         rows = self.array[number * self.size : (number + 1) * self.size]
-        points = Points.of(torch.from_numpy(np.array(rows)).to(self.device, self.dtype), self.masked)
-        if self.device.type == "cuda" and not isinstance(self.array, np.memmap):
-            self.kept[number] = points
-        return points
+        single = self.dtype == torch.float32
+        y = torch.from_numpy(np.array(rows, np.float32 if single else np.float64, order="C")).to(self.device)
+        return Points.of(y, self.masked)
 
 
 class Summary(NamedTuple):
@@ -112,7 +106,8 @@ class Summary(NamedTuple):
 
     Attributes
     ----------
-    n_points : int
+    n_points, n_seen : int
+        Points, and observed entries.
     mean, variance : ndarray, shape (D,)
         Of the observed entries.
     masked : bool
@@ -120,6 +115,7 @@ class Summary(NamedTuple):
     """
 
     n_points: int
+    n_seen: int
     mean: npt.NDArray[np.float64]
     variance: npt.NDArray[np.float64]
     masked: bool
@@ -166,7 +162,8 @@ def summarise(blocks: PointBlocks, comm: Comm) -> Summary:
     count, first, second = sums[1:].reshape(3, -1)
     known = np.maximum(count, 1)
     mean = first / known
-    return Summary(int(sums[0]), mean, np.maximum(second / known - mean**2, 0), bool((count < sums[0]).any()))
+    variance, masked = np.maximum(second / known - mean**2, 0), bool((count < sums[0]).any())
+    return Summary(int(sums[0]), int(count.sum()), mean, variance, masked)
 
 
 def any_missing(array: npt.NDArray[Any]) -> bool:

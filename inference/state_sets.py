@@ -288,8 +288,8 @@ class Own:
 
     def log_prior(self, values: Sequence[float], log_odds: Sequence[float]) -> Tensor:
         """Log prior of each state over that of the zero state, shape (S, n)."""
-        parts = [odds * (self.values == value).sum(1) for value, odds in zip(values, log_odds, strict=True)]
-        return torch.stack(parts).sum(0).to(self.values)
+        parts = [odds * (self.values == x).to(self.values).sum(1) for x, odds in zip(values, log_odds, strict=True)]
+        return torch.stack(parts).sum(0)
 
     def counts(self, q: Tensor, values: Sequence[float]) -> Tensor:
         """Expected number of components with each of the values, summed over points, shape (V,)."""

@@ -41,7 +41,6 @@ __all__ = [
     "Result",
     "Selection",
     "TruncatedModel",
-    "normalise",
     "run",
 ]
 
@@ -96,11 +95,6 @@ class TruncatedModel(Protocol[P]):
 class Selection(Protocol):
     """Which states each point has."""
 
-    @property
-    def states_per_point(self) -> int:
-        """How many."""
-        ...
-
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
     ) -> tuple[Selected | Own, Tensor, Tensor | None]:
@@ -118,11 +112,6 @@ class Preselection:
     table: StateTable
     n_components: int
 
-    @property
-    def states_per_point(self) -> int:
-        """How many states each point has."""
-        return self.table.n_states(self.n_components)
-
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
     ) -> tuple[Selected | Own, Tensor, Tensor | None]:
@@ -139,10 +128,8 @@ class Preselection:
                 before = model.log_joint(params, points.take(changed), old)
                 better = before.logsumexp(0) > joint[:, changed].logsumexp(0)
                 back = changed[better]
-                if len(back):
-                    joint[:, back] = before[:, better]
-                    index[:, back] = kept[:, back]
-                    states = Selected(self.table, index, self.n_components)
+                joint[:, back] = before[:, better]
+                index[:, back] = kept[:, back]
         return states, joint, index.to(torch.int16)
 
 
@@ -151,11 +138,6 @@ class Everything:
     """All states of a table over all components: exact EM where it holds all states there are."""
 
     table: StateTable
-
-    @property
-    def states_per_point(self) -> int:
-        """How many states each point has."""
-        return len(self.table.values)
 
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
@@ -188,14 +170,6 @@ class Result(NamedTuple, Generic[P]):
     params_history: list[P]
     n_iter: int
     converged: bool
-
-
-def normalise(log_joint: Tensor) -> tuple[Tensor, Tensor]:
-    """Log evidence (n,) and posterior (states, n) of log joint densities, which are overwritten."""
-    highest = log_joint.amax(0)
-    q = log_joint.sub_(highest).exp_()
-    total = q.sum(0)
-    return highest + total.log(), q.div_(total)
 
 
 class DataCut(NamedTuple):
@@ -258,8 +232,8 @@ def run(
     model: TruncatedModel[P],
     params: P,
     blocks: Sequence[Points],
-    *,
     selection: Selection,
+    *,
     comm: Comm,
     temperature: Callable[[int], float],
     max_iter: int,
@@ -331,10 +305,8 @@ def run(
         own_seed = (seed * 1_000_003 + step * 7_919 + (first_block + number) * 104_729) % 2**63
         before = kept[number] if T == 1 else None
         states, joint, chosen[number] = selection.step(model, params, points, before, own_seed)
-        if T == 1:
-            log_z, q = normalise(joint)
-        else:
-            log_z, q = joint.logsumexp(0), (joint / T).softmax(0)
+        log_z = joint.logsumexp(0)
+        q = joint.sub_(log_z).exp_() if T == 1 else (joint / T).softmax(0)
         if cut is not None and T == 1:
             used = (log_z >= evidence.threshold).to(q.dtype)
             q *= used
@@ -347,6 +319,7 @@ def run(
             T = temperature(step)
             chosen: list[Tensor | None] = [None] * len(blocks)
 
+            cutting = T == 1 and evidence.threshold > -math.inf
             numbers = range(len(blocks))
             total = comm.sum(*add_up(sums_of(number, step, T, params, kept, chosen) for number in numbers))
             n_points, statistics = float(total[0]), total[1 + evidence.size :]
@@ -357,13 +330,16 @@ def run(
                 evidence.learn(total[1 : 1 + evidence.size], n_points, 1 - cut.moments(model.activity(params))[0])
             bar.update()
             bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
-            if guarded and good is not None and bound < history[-1] - ROUNDING * max(abs(bound), 1.0):
-                if share > SHORTEST and step < max_iter:
-                    share /= 2
-                    kept = list(good[1])
-                    params = model.towards(good[0], target, share)
-                    continue
-                # No step from there leads up.
+            fell = guarded and good is not None and bound < history[-1] - ROUNDING * max(abs(bound), 1.0)
+            if fell and share > SHORTEST:
+                if step == max_iter:
+                    break
+                share /= 2
+                kept = list(good[1])
+                params = model.towards(good[0], target, share)
+                continue
+            if fell:  # no step from there leads up
+                assert good is not None
                 return Result(good[0], history, params_history, n_updates, True)
             if T == 1:
                 kept = chosen
@@ -376,7 +352,7 @@ def run(
                 return Result(params, history, params_history, n_updates, True)
             if step == max_iter:
                 break
-            correction = cut.correction(model.activity(params)) if cut is not None and T == 1 else 1.0
+            correction = cut.correction(model.activity(params)) if cut is not None and cutting else 1.0
             target = model.update(params, statistics, masked, correction)
             share = min(2 * share, 1.0)
             params = target if share == 1 else model.towards(params, target, share)
@@ -389,6 +365,6 @@ def run(
         warnings.warn(
             f"not converged: max_iter={max_iter} steps done, the bound still moves. Raise max_iter or tol.",
             ConvergenceWarning,
-            stacklevel=6,
+            stacklevel=7,  # the caller of `fit`
         )
     return Result(params, history, params_history, n_updates, False)

@@ -18,7 +18,7 @@ from torch import Tensor
 from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Gram, Own, Selected, pursue
 
-__all__ = ["LinearCoding", "LinearParameters"]
+__all__ = ["LinearCoding", "LinearParameters", "noise_variance", "solve_rows"]
 
 
 class LinearParameters(NamedTuple):
@@ -103,8 +103,9 @@ class LinearCoding:
         first, second, counts, n_points, n_seen, square = torch.split(statistics, sizes)
         first = first.reshape(D, H)
         W, explained = solve_rows(first, second.reshape(-1, H, H), params.W)
-        variance = ((square - explained) / n_seen).squeeze(0)
+        variance = noise_variance(square - explained, square, n_seen)
         prob = correction * counts / (n_points * H)
+        prob = prob / prob.sum().clamp(min=1)
         if self.tied:
             prob = prob.mean().expand(V)
         tiny = torch.finfo(prob.dtype).tiny
@@ -141,6 +142,22 @@ class LinearCoding:
     def _log_prior(self, params: LinearParameters, states: Selected | Own) -> Tensor:
         odds = (params.log_prob[1:] - params.log_prob[0]).tolist()
         return states.log_prior(self.values, odds)
+
+
+def noise_variance(error: Tensor, square: Tensor, n_seen: Tensor) -> Tensor:
+    """Mean squared error, and not less than rounding leaves of the mean square: points may have no noise at all.
+
+    Parameters
+    ----------
+    error, square, n_seen : Tensor, shape (1,)
+        Expected squared error, sum of squares, and number, of the observed entries.
+
+    Returns
+    -------
+    Tensor, scalar
+    """
+    kind = torch.finfo(error.dtype)
+    return (torch.maximum(error, 8 * kind.eps * square) / n_seen).clamp(min=kind.tiny**0.75).squeeze(0)
 
 
 def solve_rows(first: Tensor, second: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Own, Selected
+from probtensor.inference.truncated_em import Points
+from probtensor.models.linear_coding import noise_variance
 
 __all__ = ["MaxCoding", "MaxParameters"]
 
@@ -128,20 +129,20 @@ class MaxCoding:
         counts = states.counts(q, (1.0,))
         sums = points.sums()
         error = sums[2] + error
-        return torch.cat([x.reshape(-1) for x in (weighted, weight, counts, sums[0], sums[1], error)])
+        return torch.cat([x.reshape(-1) for x in (weighted, weight, counts, error, *sums)])
 
     exact = False  # a new dictionary changes who wins
 
     def update(self, params: MaxParameters, statistics: Tensor, masked: bool, correction: float = 1.0) -> MaxParameters:
         """The M-step, with the winners as they were; see `TruncatedModel` for `correction`."""
         D, H = params.W.shape
-        weighted, weight, active, n_points, n_seen, error = torch.split(statistics, [D * H, D * H, 1, 1, 1, 1])
+        weighted, weight, active, error, n_points, n_seen, square = statistics.split([D * H, D * H, 1, 1, 1, 1, 1])
         tiny = torch.finfo(weight.dtype).tiny ** 0.5
         W = torch.where(weight > tiny, weighted / weight.clamp(min=tiny), params.W.reshape(-1)).reshape(D, H)
         if not self.signed:
             W = W.clamp(min=0)
         prob = (correction * active / (n_points * H)).clamp(tiny, 1 - torch.finfo(weight.dtype).eps)
-        return MaxParameters(W, torch.cat([1 - prob, prob]).log(), (error / n_seen).squeeze(0))
+        return MaxParameters(W, torch.cat([1 - prob, prob]).log(), noise_variance(error, square, n_seen))
 
     def activity(self, params: MaxParameters) -> float:
         """Probability of a cause to be active."""

@@ -137,8 +137,9 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         -------
         self
         """
-        if not hasattr(self, "components_"):
-            return self.fit(Y)
+        first = not hasattr(self, "components_")
+        if first:
+            self.fit(Y)
         array = self._array_like_fitted(Y)
         model, masked = self._model(), any_missing(array)
         blocks = self._blocks(array, 0, masked)
@@ -153,6 +154,8 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             if before is not None and len(before) != len(new):
                 raise ValueError(f"Y: expected {'no ' if len(before) < len(new) else ''}missing entries, as before")
             self._sums = new if before is None else before + new
+            if first:
+                return self
             self._set(model.update(self._params, self._sums, masked))
         self.bound_history_ = [*self.bound_history_, log_z / max(len(array), 1)]
         return self
@@ -289,7 +292,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         if not is_integer(params["random_state"]):
             params["random_state"] = None
         meta = {
-            "params": {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()},
+            "params": {name: _plain(value) for name, value in params.items()},
             "bound_history": self.bound_history_,
             "n_iter": self.n_iter_,
             "converged": self.converged_,
@@ -303,7 +306,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     @classmethod
     def from_state(cls, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Self:
         """Fitted estimator from what `save` wrote; use `probtensor.load`."""
-        params = dict(meta["params"])
+        params = {name: tuple(value) if isinstance(value, list) else value for name, value in meta["params"].items()}
         if str(params["device"]).startswith("cuda") and not torch.cuda.is_available():
             params["device"] = "cpu"
         model = cls(**params)
@@ -361,6 +364,8 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         summary = summarise(blocks, comm)
         if summary.n_points == 0:
             raise ValueError("Y: expected at least one point, got none")
+        if summary.n_seen == 0:
+            raise ValueError("Y: expected at least one observed entry, got none")
         blocks = self._blocks(array, blocks.first, summary.masked)
         H = self.n_components
         schedule = Schedule(
@@ -414,8 +419,8 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 raise ValueError(f"{name}: expected an integer of at least 0, got {value!r}")
         if not (is_number(self.tol) and self.tol >= 0):
             raise ValueError(f"tol: expected a number of at least 0, got {self.tol!r}")
-        if not (is_number(self.temperature) and self.temperature >= 1):
-            raise ValueError(f"temperature: expected a number of at least 1, got {self.temperature!r}")
+        if not (is_number(self.temperature) and 1 <= self.temperature < np.inf):
+            raise ValueError(f"temperature: expected a finite number of at least 1, got {self.temperature!r}")
         if self.states not in ("selected", "evolved", "all"):
             raise ValueError(f'states: expected "selected", "evolved" or "all", got {self.states!r}')
         n_all = (1 + len(self._values())) ** self.n_components
@@ -502,3 +507,10 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         with torch.no_grad(), threads_for(len(array)):
             parts = [what(self._posterior(blocks[number])).cpu() for number in range(len(blocks))]
         return torch.cat(parts).numpy()
+
+
+def _plain(value: Any) -> Any:
+    """A parameter as JSON has it: a Python number for one of NumPy's, a list for a tuple or an array."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

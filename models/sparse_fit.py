@@ -102,7 +102,9 @@ def fit_dictionary(
     if start is None:
         mean, variance = (torch.from_numpy(x).to(like) for x in (summary.mean, summary.variance))
         noise = torch.randn(len(mean), n_components, generator=generator, dtype=torch.float64).to(like)
-        deviation = variance.sqrt().mean().clamp(min=torch.finfo(like.dtype).tiny ** 0.25)
+        kind = torch.finfo(like.dtype)
+        rounding = (8 * kind.eps) ** 0.5 * float(mean.abs().max())  # points may all be equal
+        deviation = variance.sqrt().mean().clamp(min=max(kind.tiny**0.25, rounding))
         W = mean[:, None] + START * deviation * noise
         params = model.start(W, deviation**2, 1 / n_components)
 

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Gram, Own, Selected, pair_places, pursue, sum_of_pairs
-from probtensor.models.linear_coding import solve_rows
+from probtensor.inference.truncated_em import Points
+from probtensor.models.linear_coding import noise_variance, solve_rows
 
 __all__ = ["SlabParameters", "SpikeSlab"]
 
@@ -136,15 +136,16 @@ class SpikeSlab:
             alone, _ = states.split(joint)
             if len(alone):
                 alone[0] = self._alone(params, b, gram)[0]
-        for active, slabs in self._known(params, b, gram, states):
-            joint[active.rows] = slabs.log_odds
+        for active in self._levels(b, gram, states):
+            joint[active.rows] = self._slabs(params, active).log_odds
         constant = points.log_density_of_noise(params.variance) + torch.log1p(-params.prob).sum()
         return joint.add_(constant)
 
     def statistics(self, params: SlabParameters, points: Points, states: Selected | Own, q: Tensor) -> Tensor:
         """Sums over points for `update`, packed into one dimension."""
         used, mean, second, t, K = self._moments(params, points, states, q)
-        parts = [points.y.T @ mean.T, second[0], used, mean.sum(1), second[1].diagonal()]
+        parts = [points.y.T @ mean.T, second if points.seen is None else second[0], used, mean.sum(1)]
+        parts += [(second if points.seen is None else second[1]).diagonal()]
         if self.full:
             parts += [t, K]
         return torch.cat([x.reshape(-1) for x in (*parts, *points.sums())])
@@ -157,22 +158,23 @@ class SpikeSlab:
         """The M-step: the optimum of all parameters; see `TruncatedModel` for `correction`."""
         D, H = params.W.shape
         sizes = [D * H, D * H * H if masked else H * H, H, H, H, *([H, H * H] if self.full else []), 1, 1, 1]
-        first, second, used, mean, square_mean, *slabs, n_points, n_seen, square = torch.split(statistics, sizes)
+        first, second, used, mean, square_mean, *slabs, n_points, n_seen, square = statistics.split(sizes)
         W, explained = solve_rows(first.reshape(D, H), second.reshape(-1, H, H), params.W)
-        tiny = torch.finfo(used.dtype).tiny ** 0.5
-        prob = (correction * used / n_points).clamp(tiny, 1 - torch.finfo(used.dtype).eps)
+        variance = noise_variance(square - explained, square, n_seen)
+        tiny, eps = torch.finfo(used.dtype).tiny ** 0.5, torch.finfo(used.dtype).eps
+        prob = (correction * used / n_points).clamp(tiny, 1 - eps)
         if self.full:
             shift = params.slab @ slabs[0] / n_points
             covariance = params.slab + params.slab @ slabs[1].reshape(H, H) @ params.slab / n_points
             slab = covariance - shift[:, None] * shift
-            return SlabParameters(
-                W, prob, params.mean + shift, 0.5 * (slab + slab.T), ((square - explained) / n_seen)[0]
-            )
+            slab = 0.5 * (slab + slab.T)
+            slab.diagonal().add_(8 * eps * covariance.diagonal() + tiny)  # so that rounding leaves it invertible
+            return SlabParameters(W, prob, params.mean + shift, slab, variance)
         known = used > tiny
         share = used.clamp(min=tiny)
         mu = torch.where(known, mean / share, params.mean)
-        slab = torch.where(known, square_mean / share - mu**2, params.slab).clamp(min=tiny)
-        return SlabParameters(W, prob, mu, slab, ((square - explained) / n_seen)[0])
+        slab = torch.where(known, torch.maximum(square_mean / share - mu**2, 8 * eps * mu**2), params.slab)
+        return SlabParameters(W, prob, mu, slab.clamp(min=tiny), variance)
 
     def activity(self, params: SlabParameters) -> float:
         """Mean probability of a cause to be active."""
@@ -217,15 +219,6 @@ class SpikeSlab:
         log_odds = odds + 0.5 * (variance / psi).log() + mu * (b - 0.5 * G * mu) + 0.5 * variance * rest**2
         return log_odds, mu + variance * rest, variance
 
-    def _known(
-        self, params: SlabParameters, b: Tensor, gram: Gram, states: Selected | Own
-    ) -> list[tuple[_Active, _Slabs]]:
-        """Active causes and their slabs, found once for a set of states."""
-        if states.memo.get("params") is not params:
-            found = [(active, self._slabs(params, active)) for active in self._levels(b, gram, states)]
-            states.memo.update(params=params, slabs=found)
-        return states.memo["slabs"]  # type: ignore[no-any-return]
-
     def _levels(self, b: Tensor, gram: Gram, states: Selected | Own) -> list[_Active]:
         if isinstance(states, Own):
             g = min(self.max_active, len(b))
@@ -236,8 +229,8 @@ class SpikeSlab:
             number = b.new_zeros(len(b), len(b), dtype=torch.int64)
             number[i, j] = number[j, i] = torch.arange(len(i), device=b.device)
             pairs = gram.pairs(everything)
-            G = pairs.gather(0, number[component[:, None], component[None]].reshape(-1, b.shape[1]))
-            here = b.gather(0, component.reshape(-1, b.shape[1])).reshape(component.shape)
+            G = pairs.gather(0, number[component[:, None], component[None]].flatten(0, 2))
+            here = b.gather(0, component.flatten(0, 1)).reshape(component.shape)
             rows = torch.arange(len(states.values), device=b.device)
             return [_Active(rows, component, on, None, G.reshape(g, g, *component.shape[1:]), here)]
         pairs, inside = gram.pairs(states.index), b.gather(0, states.index)
@@ -254,17 +247,17 @@ class SpikeSlab:
         if self.full:
             precision, log_slab = _inverse(_used(params.slab[c[:, None], c[None]], on))
         else:
-            inverse, log_slab = (1 / params.slab)[c], params.slab.log()[c]
+            psi = params.slab[c]
             if on is not None:
-                inverse, log_slab = torch.where(on, inverse, 1.0), log_slab * on
-            log_slab = log_slab.sum(0)
+                psi = torch.where(on, psi, 1.0)
+            log_slab = psi.log().sum(0)
         if on is not None:
             G = G * (on[:, None] & on[None])
             b, mu, odds = b * on, mu * on, odds * on
         M = G.clone()
         if precision is None:
             for k in range(len(c)):
-                M[k, k] += inverse[k]
+                M[k, k] += 1 / psi[k]
         else:
             M += precision
         covariance, log_det = _inverse(M)
@@ -278,12 +271,11 @@ class SpikeSlab:
 
     def _moments(
         self, params: SlabParameters, points: Points, states: Selected | Own, q: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Sums ``<s>``, means ``<s z>`` (H, n), sums ``<sz (sz)'>`` (by entry; over all), and for a full ``Psi``."""
+    ) -> tuple[Tensor, Tensor, Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Sums ``<s>`` (H,), means ``<s z>`` (H, n), sums of ``<sz (sz)'>``, and what a full ``Psi`` needs."""
         b, gram = self._messages(params, points)
         H, n = b.shape
-        everything = torch.arange(H, device=b.device)[:, None].expand(H, n)
-        index = everything if isinstance(states, Own) else states.index
+        index = torch.arange(H, device=b.device)[:, None].expand(H, n) if isinstance(states, Own) else states.index
         i, _ = pair_places(len(index), b.device)
         inside, diagonal = b.new_zeros(len(i), n), b.new_zeros(H, n)
         mean, t, K_inside, K_diagonal = b.new_zeros(H, n), b.new_zeros(H, n), b.new_zeros(len(i), n), b.new_zeros(H, n)
@@ -297,14 +289,14 @@ class SpikeSlab:
                 moved = (kappa - params.mean[:, None]) / psi
                 t += alone * moved
                 K_diagonal += alone * ((variance - psi) / psi**2 + moved**2)
-        for active, slabs in self._known(params, b, gram, states):
-            weight = q[active.rows]
+        for active in self._levels(b, gram, states):
+            slabs, weight = self._slabs(params, active), q[active.rows]
             kappa, covariance = slabs.mean, slabs.covariance
             if active.on is not None:
                 kappa = kappa * active.on
                 covariance = covariance * (active.on[:, None] & active.on[None])
-            flat = active.component.reshape(-1, n)
-            mean.scatter_add_(0, flat, (weight * kappa).reshape(-1, n))
+            flat = active.component.flatten(0, 1)
+            mean.scatter_add_(0, flat, (weight * kappa).flatten(0, 1))
             _add_pairs(inside, active, weight * (covariance + kappa[:, None] * kappa))
             if self.full:
                 assert slabs.precision is not None
@@ -315,27 +307,26 @@ class SpikeSlab:
                 change = less - slabs.precision + moved[:, None] * moved
                 if active.on is not None:
                     change = change * (active.on[:, None] & active.on[None])
-                t.scatter_add_(0, flat, (weight * moved).reshape(-1, n))
+                t.scatter_add_(0, flat, (weight * moved).flatten(0, 1))
                 _add_pairs(K_inside, active, weight * change)
-        pairs = torch.cat([inside, diagonal])
-        whole = sum_of_pairs(pairs, index, H, None)
-        second = whole if points.seen is None else sum_of_pairs(pairs, index, H, points.seen), whole
+        second = sum_of_pairs(torch.cat([inside, diagonal]), index, H, points.seen)
+        if points.seen is not None:
+            second = second, sum_of_pairs(torch.cat([inside, diagonal]), index, H, None)
         K = sum_of_pairs(torch.cat([K_inside, K_diagonal]), index, H, None) if self.full else t[:0]
         return states.inclusion(q).sum(1), mean, second, t.sum(1), K
 
 
 def _add_pairs(total: Tensor, active: _Active, terms: Tensor) -> None:
     """Add terms (g, g, S, n) of states to those of pairs of candidates, (P, n): each pair once."""
-    g, n = len(terms), terms.shape[-1]
-    i, j = pair_places(g, terms.device)
+    i, j = pair_places(len(terms), terms.device)
     if active.pair is not None:
-        total.index_add_(0, active.pair[i, j].reshape(-1), terms[i, j].reshape(-1, n))
+        total.index_add_(0, active.pair[i, j].reshape(-1), terms[i, j].flatten(0, 1))
         return
     H = int((2 * len(total) + 0.25) ** 0.5)
     low = torch.minimum(active.component[i], active.component[j])
     high = torch.maximum(active.component[i], active.component[j])
     number = low * H - low * (low - 1) // 2 + high - low
-    total.scatter_add_(0, number.reshape(-1, n), terms[i, j].reshape(-1, n))
+    total.scatter_add_(0, number.flatten(0, 1), terms[i, j].flatten(0, 1))
 
 
 def _used(matrix: Tensor, on: Tensor | None) -> Tensor:
@@ -350,7 +341,7 @@ def _used(matrix: Tensor, on: Tensor | None) -> Tensor:
 
 def _inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse (g, g, …) and log determinant (…) of positive definite matrices (g, g, …), which are overwritten."""
-    log_det = matrix.new_zeros(matrix.shape[2:])
+    log_det = torch.zeros_like(matrix[0, 0]) if len(matrix) else matrix.new_zeros(matrix.shape[2:])
     for k in range(len(matrix)):
         pivot = matrix[k, k].clone()
         log_det += pivot.log()
