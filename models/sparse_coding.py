@@ -21,6 +21,7 @@ from probtensor.inference.evolution import Evolution
 from probtensor.inference.points import PointBlocks, Points, any_missing, deal_points, summarise
 from probtensor.inference.state_sets import Own, Selected, every_state, few_active
 from probtensor.inference.truncated_em import DataCut, Everything, Preselection, Result, Selection
+from probtensor.models.functional_table import shared_generator
 from probtensor.models.sparse_fit import Schedule, fit_dictionary
 from probtensor.persistence import write_state
 from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
@@ -386,7 +387,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 schedule,
                 n_components=H,
                 comm=comm,
-                generator=make_generator(self.random_state),
+                generator=shared_generator(self.random_state, comm),
                 cut=DataCut(H, self._max_active()) if self.data_cut and limited else None,
                 start=start,
                 progress=self.progress,

@@ -133,13 +133,13 @@ def fit_dictionary(
 
 
 def _sample(blocks: PointBlocks, n_points: int, wanted: int) -> tuple[Sequence[Points], int]:
-    """Every so many blocks of all ranks', and the number of the first here."""
+    """Every so many blocks of all ranks', and the number of the first here among these."""
     every = max(1, n_points // max(wanted, 1))
     if every == 1:
         return [blocks[number] for number in range(len(blocks))], blocks.first
     chosen = [number for number in range(len(blocks)) if (blocks.first + number) % every == 0]
     empty = blocks[0].take(torch.arange(0, device=blocks.device))
-    return [blocks[number] for number in chosen] or [empty], blocks.first
+    return [blocks[number] for number in chosen] or [empty], -(-blocks.first // every)
 
 
 def _renewed(

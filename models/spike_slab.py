@@ -146,8 +146,12 @@ class SpikeSlab:
         used, mean, second, t, K = self._moments(params, points, states, q)
         parts = [points.y.T @ mean.T, second if points.seen is None else second[0], used, mean.sum(1)]
         parts += [(second if points.seen is None else second[1]).diagonal()]
-        if self.full:
-            parts += [t, K]
+        if self.full:  # sums of z and z z' of all causes, active or not
+            n_used = points.sums()[0]
+            shift = params.slab @ t
+            crossed = torch.outer(params.mean, shift + 0.5 * n_used * params.mean)
+            parts += [n_used * params.mean + shift]
+            parts += [n_used * params.slab + params.slab @ K @ params.slab + crossed + crossed.T]
         return torch.cat([x.reshape(-1) for x in (*parts, *points.sums())])
 
     exact = True
@@ -164,12 +168,11 @@ class SpikeSlab:
         tiny, eps = torch.finfo(used.dtype).tiny ** 0.5, torch.finfo(used.dtype).eps
         prob = (correction * used / n_points).clamp(tiny, 1 - eps)
         if self.full:
-            shift = params.slab @ slabs[0] / n_points
-            covariance = params.slab + params.slab @ slabs[1].reshape(H, H) @ params.slab / n_points
-            slab = covariance - shift[:, None] * shift
+            mu, square_of_z = slabs[0] / n_points, slabs[1].reshape(H, H) / n_points
+            slab = square_of_z - torch.outer(mu, mu)
             slab = 0.5 * (slab + slab.T)
-            slab.diagonal().add_(8 * eps * covariance.diagonal() + tiny)  # so that rounding leaves it invertible
-            return SlabParameters(W, prob, params.mean + shift, slab, variance)
+            slab.diagonal().add_(8 * eps * square_of_z.diagonal() + tiny)  # so that rounding leaves it invertible
+            return SlabParameters(W, prob, mu, slab, variance)
         known = used > tiny
         share = used.clamp(min=tiny)
         mu = torch.where(known, mean / share, params.mean)

@@ -143,6 +143,7 @@ def blocks(Y: np.ndarray, size: int) -> list[Points]:
 
 
 def step_run(case: Case, Y: np.ndarray, params: Any, chosen: Any, **settings: Any) -> Any:
-    """`run` on one rank, without a word."""
+    """`run` on one rank, in a few blocks, without a word."""
     settings = {"temperature": lambda step: 1.0, "max_iter": 30, "tol": 0.0, **settings}
-    return run(case.model, params, blocks(Y, 25), chosen, comm=Serial(), quiet=True, progress=False, **settings)
+    size = max(25, len(Y) // 4)
+    return run(case.model, params, blocks(Y, size), chosen, comm=Serial(), quiet=True, progress=False, **settings)

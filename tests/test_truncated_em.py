@@ -56,6 +56,16 @@ def test_m_step_equals_the_twin(name: str, kind: str, missing: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_sums_over_points_mean_the_same_under_other_parameters(name: str) -> None:
+    """So that those of earlier batches can be added to."""
+    this, other = case(name), case(name, seed=2)
+    total, _, _ = pass_over(this, this.sample(30, 1), "everything")
+    expected = this.model.update(this.params(), total, False)
+    for found, right in zip(this.model.update(other.params(), total, False), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_points_out_of_use_change_nothing(name: str) -> None:
     this = case(name)
     Y = this.sample(30, 12, 0.2)
