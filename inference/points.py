@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +80,8 @@ class PointBlocks(Sequence[Points]):
         Whether any entry is missing, on any rank.
     dtype : torch.dtype
     device : torch.device
+    kept : dict of int to Points
+        Blocks that stay on a GPU, unless the array is on disk.
     """
 
     array: npt.NDArray[Any]
@@ -88,6 +90,7 @@ class PointBlocks(Sequence[Points]):
     masked: bool
     dtype: torch.dtype
     device: torch.device
+    kept: dict[int, Points] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return max(1, -(-len(self.array) // self.size))
@@ -95,10 +98,15 @@ class PointBlocks(Sequence[Points]):
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
+        if number in self.kept:
+            return self.kept[number]
         rows = self.array[number * self.size : (number + 1) * self.size]
         single = self.dtype == torch.float32
         y = torch.from_numpy(np.array(rows, np.float32 if single else np.float64, order="C")).to(self.device)
-        return Points.of(y, self.masked)
+        points = Points.of(y, self.masked)
+        if self.device.type == "cuda" and not isinstance(self.array, np.memmap):
+            self.kept[number] = points
+        return points
 
 
 class Summary(NamedTuple):

@@ -41,6 +41,7 @@ __all__ = [
     "Result",
     "Selection",
     "TruncatedModel",
+    "normalise",
     "run",
 ]
 
@@ -95,6 +96,11 @@ class TruncatedModel(Protocol[P]):
 class Selection(Protocol):
     """Which states each point has."""
 
+    @property
+    def states_per_point(self) -> int:
+        """How many."""
+        ...
+
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
     ) -> tuple[Selected | Own, Tensor, Tensor | None]:
@@ -112,6 +118,11 @@ class Preselection:
     table: StateTable
     n_components: int
 
+    @property
+    def states_per_point(self) -> int:
+        """How many states each point has."""
+        return self.table.n_states(self.n_components)
+
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
     ) -> tuple[Selected | Own, Tensor, Tensor | None]:
@@ -128,8 +139,10 @@ class Preselection:
                 before = model.log_joint(params, points.take(changed), old)
                 better = before.logsumexp(0) > joint[:, changed].logsumexp(0)
                 back = changed[better]
-                joint[:, back] = before[:, better]
-                index[:, back] = kept[:, back]
+                if len(back):
+                    joint[:, back] = before[:, better]
+                    index[:, back] = kept[:, back]
+                    states = Selected(self.table, index, self.n_components)
         return states, joint, index.to(torch.int16)
 
 
@@ -138,6 +151,11 @@ class Everything:
     """All states of a table over all components: exact EM where it holds all states there are."""
 
     table: StateTable
+
+    @property
+    def states_per_point(self) -> int:
+        """How many states each point has."""
+        return len(self.table.values)
 
     def step(
         self, model: TruncatedModel[Any], params: Any, points: Points, kept: Tensor | None, seed: int
@@ -159,7 +177,7 @@ class Result(NamedTuple, Generic[P]):
     bound_history : list of float
         ``F`` per point before each M-step, and at the end.
     params_history : list
-        Parameters at these bounds.
+        Parameters at these bounds, or what `keep` made of them.
     n_iter : int
         M-steps done.
     converged : bool
@@ -167,9 +185,17 @@ class Result(NamedTuple, Generic[P]):
 
     params: P
     bound_history: list[float]
-    params_history: list[P]
+    params_history: list[Any]
     n_iter: int
     converged: bool
+
+
+def normalise(log_joint: Tensor) -> tuple[Tensor, Tensor]:
+    """Log evidence (n,) and posterior (states, n) of log joint densities, which are overwritten."""
+    highest = log_joint.amax(0)
+    q = log_joint.sub_(highest).exp_()
+    total = q.sum(0)
+    return highest + total.log(), q.div_(total)
 
 
 class DataCut(NamedTuple):
@@ -220,8 +246,8 @@ class _Evidence:
         counts = total[2:].cumsum(0)
         if self._place is not None:
             low, width = self._place
-            last = int(torch.searchsorted(counts, left_out * n_points))
-            self.threshold = low + width * min(last, self.BINS)
+            emptied = int(torch.searchsorted(counts, left_out * n_points, right=True))  # bins that go as a whole
+            self.threshold = low + width * emptied if emptied else -math.inf
         mean = float(total[0]) / n_points
         deviation = math.sqrt(max(float(total[1]) / n_points - mean**2, 1e-12 * max(mean**2, 1.0)))
         self._place = mean - self.BELOW * deviation, (self.BELOW + self.ABOVE) * deviation / self.BINS
@@ -242,6 +268,7 @@ def run(
     seed: int = 0,
     cut: DataCut | None = None,
     between: Callable[[P, int], P] | None = None,
+    keep: Callable[[P], Any] | None = None,
     quiet: bool = False,
     progress: bool = True,
 ) -> Result[P]:
@@ -269,6 +296,8 @@ def run(
         Points to leave out of M-steps at temperature one. The bound is that of all points; it may fall a little.
     between : callable, optional
         Parameters to go on with, given those after an M-step, and the step's number.
+    keep : callable, optional
+        What of the parameters the history keeps. Default: all.
     quiet : bool, default False
         Whether `max_iter` is no more than a number of steps: then nothing is warned of.
     progress : bool, default True
@@ -288,7 +317,7 @@ def run(
         If `max_iter` is reached.
     """
     history: list[float] = []
-    params_history: list[P] = []
+    params_history: list[Any] = []
     masked = blocks[0].seen is not None
     guarded = cut is None and not model.exact
     evidence = _Evidence()
@@ -305,13 +334,16 @@ def run(
         own_seed = (seed * 1_000_003 + step * 7_919 + (first_block + number) * 104_729) % 2**63
         before = kept[number] if T == 1 else None
         states, joint, chosen[number] = selection.step(model, params, points, before, own_seed)
-        log_z = joint.logsumexp(0)
-        q = joint.sub_(log_z).exp_() if T == 1 else (joint / T).softmax(0)
+        if T == 1:
+            log_z, q = normalise(joint)
+        else:
+            log_z, q = joint.logsumexp(0), (joint / T).softmax(0)
+        n_used = len(points.y)
         if cut is not None and T == 1:
             used = (log_z >= evidence.threshold).to(q.dtype)
             q *= used
-            points = points._replace(used=used)
-        head = [log_z.new_tensor([len(points.y)]), evidence.local(log_z)]
+            points, n_used = points._replace(used=used), int(used.sum())
+        head = [log_z.new_tensor([len(points.y), n_used]), evidence.local(log_z)]
         return torch.cat([*head, model.statistics(params, points, states, q)])
 
     with tqdm(total=max_iter, desc="EM steps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
@@ -322,31 +354,33 @@ def run(
             cutting = T == 1 and evidence.threshold > -math.inf
             numbers = range(len(blocks))
             total = comm.sum(*add_up(sums_of(number, step, T, params, kept, chosen) for number in numbers))
-            n_points, statistics = float(total[0]), total[1 + evidence.size :]
-            bound = float(total[1]) / n_points
+            n_points, statistics = float(total[0]), total[2 + evidence.size :]
+            bound = float(total[2]) / n_points
             if not math.isfinite(bound):
                 raise FloatingPointError(f"the bound is {bound} after {step} steps; look for extreme values in Y")
             if cut is not None and T == 1:
-                evidence.learn(total[1 : 1 + evidence.size], n_points, 1 - cut.moments(model.activity(params))[0])
+                evidence.learn(total[2 : 2 + evidence.size], n_points, 1 - cut.moments(model.activity(params))[0])
+            if total[1] == 0:  # the evidence of all points fell: last step's threshold says nothing
+                evidence.threshold = -math.inf
+                continue
             bar.update()
             bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
-            fell = guarded and good is not None and bound < history[-1] - ROUNDING * max(abs(bound), 1.0)
-            if fell and share > SHORTEST:
-                if step == max_iter:
-                    break
-                share /= 2
-                kept = list(good[1])
-                params = model.towards(good[0], target, share)
-                continue
-            if fell:  # no step from there leads up
-                assert good is not None
+            if guarded and good is not None and bound < history[-1] - ROUNDING * max(abs(bound), 1.0):
+                if share > SHORTEST:
+                    if step == max_iter:
+                        break
+                    share /= 2
+                    kept = list(good[1])
+                    params = model.towards(good[0], target, share)
+                    continue
+                # No step from there leads up.
                 return Result(good[0], history, params_history, n_updates, True)
             if T == 1:
                 kept = chosen
                 good = params, list(chosen)
             still = T == 1 and history and abs(bound - history[-1]) <= tol * max(abs(bound), 1.0)
             history.append(bound)
-            params_history.append(params)
+            params_history.append(params if keep is None else keep(params))
             settled = settled + 1 if still else 0
             if settled >= PATIENCE:
                 return Result(params, history, params_history, n_updates, True)

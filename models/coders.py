@@ -14,7 +14,7 @@ MMCA    0 or 1                                 largest magnitude
 ======  =====================================  =========================
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, final
 
 import numpy as np
@@ -318,7 +318,7 @@ class DSC(SparseCoder):
         self.progress = progress
 
     def _check(self) -> None:
-        given = list(self.values) if isinstance(self.values, Iterable) else []
+        given: list[Any] = list(self.values) if hasattr(self.values, "__len__") else []
         values = [float(value) for value in given if is_number(value) and np.isfinite(value) and value != 0]
         if not values or len(set(values)) < len(given):
             raise ValueError(f"values: expected distinct finite numbers other than 0, got {self.values!r}")

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Own, Selected
-from probtensor.inference.truncated_em import Points
 from probtensor.models.linear_coding import noise_variance
 
 __all__ = ["MaxCoding", "MaxParameters"]
@@ -136,7 +136,8 @@ class MaxCoding:
     def update(self, params: MaxParameters, statistics: Tensor, masked: bool, correction: float = 1.0) -> MaxParameters:
         """The M-step, with the winners as they were; see `TruncatedModel` for `correction`."""
         D, H = params.W.shape
-        weighted, weight, active, error, n_points, n_seen, square = statistics.split([D * H, D * H, 1, 1, 1, 1, 1])
+        sizes = [D * H, D * H, 1, 1, 1, 1, 1]
+        weighted, weight, active, error, n_points, n_seen, square = torch.split(statistics, sizes)
         tiny = torch.finfo(weight.dtype).tiny ** 0.5
         W = torch.where(weight > tiny, weighted / weight.clamp(min=tiny), params.W.reshape(-1)).reshape(D, H)
         if not self.signed:

@@ -390,6 +390,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 generator=shared_generator(self.random_state, comm),
                 cut=DataCut(H, self._max_active()) if self.data_cut and limited else None,
                 start=start,
+                keep=lambda params: self._prior_history(params) | {"noise_std": params.variance.sqrt()},
                 progress=self.progress,
             )
         self.n_features_in_, self._sums = array.shape[1], None
@@ -399,7 +400,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _keep(self, result: Result[Any]) -> None:
         self.bound_history_, self.n_iter_ = result.bound_history, result.n_iter
         self.converged_ = result.converged
-        seen = [self._prior_history(params) | {"noise_std": params.variance.sqrt()} for params in result.params_history]
+        seen = result.params_history
         self.parameter_history_ = {name: torch.stack([x[name] for x in seen]).cpu().numpy() for name in seen[0]}
         self._set(result.params)
 

@@ -7,7 +7,7 @@ moves components from where there are too many to where there are too few. Both 
 points have their say afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -79,6 +79,7 @@ def fit_dictionary(
     generator: torch.Generator,
     cut: DataCut | None,
     start: Any = None,
+    keep: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Result[Any]:
     """Fit a model to all ranks' points; from `start` on without annealing, where parameters are given.
@@ -128,7 +129,15 @@ def fit_dictionary(
             found, failures = (tried, 0) if success else (found, failures + 1)
         start = found.params
     return go(
-        start, blocks, blocks.first, schedule.max_iter, schedule.tol, selection=selection, cut=cut, progress=progress
+        start,
+        blocks,
+        blocks.first,
+        schedule.max_iter,
+        schedule.tol,
+        selection=selection,
+        cut=cut,
+        keep=keep,
+        progress=progress,
     )
 
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probtensor.inference.points import Points
 from probtensor.inference.state_sets import Gram, Own, Selected, pair_places, pursue, sum_of_pairs
-from probtensor.inference.truncated_em import Points
 from probtensor.models.linear_coding import noise_variance, solve_rows
 
 __all__ = ["SlabParameters", "SpikeSlab"]
@@ -136,16 +136,15 @@ class SpikeSlab:
             alone, _ = states.split(joint)
             if len(alone):
                 alone[0] = self._alone(params, b, gram)[0]
-        for active in self._levels(b, gram, states):
-            joint[active.rows] = self._slabs(params, active).log_odds
+        for active, slabs in self._known(params, b, gram, states):
+            joint[active.rows] = slabs.log_odds
         constant = points.log_density_of_noise(params.variance) + torch.log1p(-params.prob).sum()
         return joint.add_(constant)
 
     def statistics(self, params: SlabParameters, points: Points, states: Selected | Own, q: Tensor) -> Tensor:
         """Sums over points for `update`, packed into one dimension."""
         used, mean, second, t, K = self._moments(params, points, states, q)
-        parts = [points.y.T @ mean.T, second if points.seen is None else second[0], used, mean.sum(1)]
-        parts += [(second if points.seen is None else second[1]).diagonal()]
+        parts = [points.y.T @ mean.T, second[0], used, mean.sum(1), second[1].diagonal()]
         if self.full:  # sums of z and z z' of all causes, active or not
             n_used = points.sums()[0]
             shift = params.slab @ t
@@ -162,7 +161,7 @@ class SpikeSlab:
         """The M-step: the optimum of all parameters; see `TruncatedModel` for `correction`."""
         D, H = params.W.shape
         sizes = [D * H, D * H * H if masked else H * H, H, H, H, *([H, H * H] if self.full else []), 1, 1, 1]
-        first, second, used, mean, square_mean, *slabs, n_points, n_seen, square = statistics.split(sizes)
+        first, second, used, mean, square_mean, *slabs, n_points, n_seen, square = torch.split(statistics, sizes)
         W, explained = solve_rows(first.reshape(D, H), second.reshape(-1, H, H), params.W)
         variance = noise_variance(square - explained, square, n_seen)
         tiny, eps = torch.finfo(used.dtype).tiny ** 0.5, torch.finfo(used.dtype).eps
@@ -222,6 +221,15 @@ class SpikeSlab:
         log_odds = odds + 0.5 * (variance / psi).log() + mu * (b - 0.5 * G * mu) + 0.5 * variance * rest**2
         return log_odds, mu + variance * rest, variance
 
+    def _known(
+        self, params: SlabParameters, b: Tensor, gram: Gram, states: Selected | Own
+    ) -> list[tuple[_Active, _Slabs]]:
+        """Active causes and their slabs, found once for a set of states."""
+        if states.memo.get("params") is not params:
+            found = [(active, self._slabs(params, active)) for active in self._levels(b, gram, states)]
+            states.memo.update(params=params, slabs=found)
+        return states.memo["slabs"]  # type: ignore[no-any-return]
+
     def _levels(self, b: Tensor, gram: Gram, states: Selected | Own) -> list[_Active]:
         if isinstance(states, Own):
             g = min(self.max_active, len(b))
@@ -250,17 +258,17 @@ class SpikeSlab:
         if self.full:
             precision, log_slab = _inverse(_used(params.slab[c[:, None], c[None]], on))
         else:
-            psi = params.slab[c]
+            inverse, log_slab = (1 / params.slab)[c], params.slab.log()[c]
             if on is not None:
-                psi = torch.where(on, psi, 1.0)
-            log_slab = psi.log().sum(0)
+                inverse, log_slab = torch.where(on, inverse, 1.0), log_slab * on
+            log_slab = log_slab.sum(0)
         if on is not None:
             G = G * (on[:, None] & on[None])
             b, mu, odds = b * on, mu * on, odds * on
         M = G.clone()
         if precision is None:
             for k in range(len(c)):
-                M[k, k] += 1 / psi[k]
+                M[k, k] += inverse[k]
         else:
             M += precision
         covariance, log_det = _inverse(M)
@@ -274,11 +282,12 @@ class SpikeSlab:
 
     def _moments(
         self, params: SlabParameters, points: Points, states: Selected | Own, q: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Sums ``<s>`` (H,), means ``<s z>`` (H, n), sums of ``<sz (sz)'>``, and what a full ``Psi`` needs."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Sums ``<s>``, means ``<s z>`` (H, n), sums ``<sz (sz)'>`` (by entry; over all), and for a full ``Psi``."""
         b, gram = self._messages(params, points)
         H, n = b.shape
-        index = torch.arange(H, device=b.device)[:, None].expand(H, n) if isinstance(states, Own) else states.index
+        everything = torch.arange(H, device=b.device)[:, None].expand(H, n)
+        index = everything if isinstance(states, Own) else states.index
         i, _ = pair_places(len(index), b.device)
         inside, diagonal = b.new_zeros(len(i), n), b.new_zeros(H, n)
         mean, t, K_inside, K_diagonal = b.new_zeros(H, n), b.new_zeros(H, n), b.new_zeros(len(i), n), b.new_zeros(H, n)
@@ -292,8 +301,8 @@ class SpikeSlab:
                 moved = (kappa - params.mean[:, None]) / psi
                 t += alone * moved
                 K_diagonal += alone * ((variance - psi) / psi**2 + moved**2)
-        for active in self._levels(b, gram, states):
-            slabs, weight = self._slabs(params, active), q[active.rows]
+        for active, slabs in self._known(params, b, gram, states):
+            weight = q[active.rows]
             kappa, covariance = slabs.mean, slabs.covariance
             if active.on is not None:
                 kappa = kappa * active.on
@@ -312,9 +321,9 @@ class SpikeSlab:
                     change = change * (active.on[:, None] & active.on[None])
                 t.scatter_add_(0, flat, (weight * moved).flatten(0, 1))
                 _add_pairs(K_inside, active, weight * change)
-        second = sum_of_pairs(torch.cat([inside, diagonal]), index, H, points.seen)
-        if points.seen is not None:
-            second = second, sum_of_pairs(torch.cat([inside, diagonal]), index, H, None)
+        pairs = torch.cat([inside, diagonal])
+        whole = sum_of_pairs(pairs, index, H, None)
+        second = whole if points.seen is None else sum_of_pairs(pairs, index, H, points.seen), whole
         K = sum_of_pairs(torch.cat([K_inside, K_diagonal]), index, H, None) if self.full else t[:0]
         return states.inclusion(q).sum(1), mean, second, t.sum(1), K
 
@@ -343,10 +352,15 @@ def _used(matrix: Tensor, on: Tensor | None) -> Tensor:
 
 
 def _inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse (g, g, …) and log determinant (…) of positive definite matrices (g, g, …), which are overwritten."""
-    log_det = torch.zeros_like(matrix[0, 0]) if len(matrix) else matrix.new_zeros(matrix.shape[2:])
+    """Inverse (g, g, …) and log determinant (…) of positive definite matrices (g, g, …), which are overwritten.
+
+    A pivot is at least the rounding error of its diagonal entry: nearly equal columns and hardly any noise would else
+    leave less than nothing.
+    """
+    least = torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+    log_det = matrix.new_zeros(matrix.shape[2:])
     for k in range(len(matrix)):
-        pivot = matrix[k, k].clone()
+        pivot = torch.maximum(matrix[k, k], least[k])
         log_det += pivot.log()
         row = matrix[k] / pivot
         column = matrix[:, k].clone()
