@@ -17,6 +17,7 @@ from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
 from benchmarks.ranks import rank_lines
 from benchmarks.scale import scale_lines
 from benchmarks.sparse import bars_lines, missing_lines, patch_lines, picture_lines, step_lines
+from benchmarks.sparse_ranks import sparse_rank_lines
 from benchmarks.splits import count_references, count_table, funbat, funbat_counts, reference_methods, table
 from probtensor import plotting
 from probtensor.blocks import total_here
@@ -376,6 +377,18 @@ def sparse(
     }
     lines = [line for part in parts.split(",") for line in ["", *made[part]()]]
     _report([f"{_machine('cpu')}, one thread", *lines], out)
+
+
+@app.command()
+def sparse_ranks(
+    ranks: Annotated[str, typer.Option(help="Numbers of MPI ranks, 1 the first; separated by commas.")] = "1,2",
+    sizes: str = "100000",
+    launcher: Annotated[str, typer.Option(help="What starts the ranks, without their number.")] = "mpiexec",
+    out: Out = None,
+) -> None:
+    """Seconds of a step of BSC over points on disk, on several MPI ranks, and the memory that it takes."""
+    numbers = [[int(x) for x in text.split(",")] for text in (ranks, sizes)]
+    _report([_machine("cpu"), "", *sparse_rank_lines(launcher.split(), *numbers)], out)
 
 
 @app.command()
