@@ -229,8 +229,8 @@ def missing_lines(folder: Path, share: float = 0.5) -> list[str]:
         Y, truth = bars_data(folder, name)
         holed = np.where(np.random.default_rng(1).random(Y.shape) < share, np.nan, Y)
         model = CODERS[name](n_components=10, random_state=0, progress=False).fit(holed)
-        # GSC: mean and variance of the slabs share their scale with the dictionary.
-        components = model.components_ if name == "BSC" else model.components_ * slab_scale(model)[:, None]
+        components = model.components_
+        # GSC: the dictionary has the scale of slabs whose mean square is one, in truth 1 + 1.
         W = truth["gt_W"].T if name == "BSC" else truth["gt_W"].T * math.sqrt(2.0)
         cosine = (components / np.linalg.norm(components, axis=1, keepdims=True)) @ W.T
         row, column = linear_sum_assignment(-np.abs(cosine))
@@ -240,11 +240,6 @@ def missing_lines(folder: Path, share: float = 0.5) -> list[str]:
         height = (signed * W[column]).sum() / (W**2).sum()
         lines.append(f"| {name} | {100 * error:.1f} % | {height:.3f} | {model.noise_std_ / sigma:.3f} |")
     return lines
-
-
-def slab_scale(model: GSC) -> Array:
-    """Root mean square of each slab, (H,)."""
-    return np.asarray(np.sqrt(model.slab_mean_**2 + model.slab_covariance_))
 
 
 def patch_lines(device: str, sizes: Sequence[int], n_components: int, side: int) -> list[str]:

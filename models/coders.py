@@ -385,7 +385,7 @@ class GSC(SparseCoder):
     prior_ : ndarray, shape (H,)
         Probability ``pi_h`` of each cause to be active.
     slab_mean_ : ndarray, shape (H,)
-        ``mu``.
+        ``mu``; after `fit`, slabs have a mean square of one, and the dictionary has the scale.
     slab_covariance_ : ndarray, shape (H,) or (H, H)
         ``Psi``: variances, or the whole covariance.
     See `SparseCoder` for the others.
@@ -439,8 +439,10 @@ class GSC(SparseCoder):
         self.slab_covariance_ = params.slab.cpu().numpy()
 
     def _prior_history(self, params: SlabParameters) -> dict[str, Tensor]:
-        slab = params.slab.diagonal() if self.full_covariance else params.slab
-        return {"prior": params.prob, "slab_mean": params.mean, "slab_std": slab.sqrt()}
+        return {"prior": params.prob}
+
+    def _standard(self, params: SlabParameters) -> SlabParameters:
+        return self._model().rescaled(params)
 
     def _draw(self, n_samples: int, rng: np.random.Generator) -> FloatArray:
         covariance = self.slab_covariance_ if self.full_covariance else np.diag(self.slab_covariance_)

@@ -346,6 +346,10 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _draw(self, n_samples: int, rng: np.random.Generator) -> FloatArray:
         """Codes from the prior."""
 
+    def _standard(self, params: Any) -> Any:
+        """The same model with whatever scale is free as users expect it."""
+        return params
+
     def _values(self) -> tuple[float, ...]:
         """Values of a cause other than zero."""
         return (1.0,)
@@ -402,7 +406,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         self.converged_ = result.converged
         seen = result.params_history
         self.parameter_history_ = {name: torch.stack([x[name] for x in seen]).cpu().numpy() for name in seen[0]}
-        self._set(result.params)
+        self._set(self._standard(result.params))
 
     def _set(self, params: Any) -> None:
         self._params = params

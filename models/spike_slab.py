@@ -178,6 +178,13 @@ class SpikeSlab:
         slab = torch.where(known, torch.maximum(square_mean / share - mu**2, 8 * eps * mu**2), params.slab)
         return SlabParameters(W, prob, mu, slab.clamp(min=tiny), variance)
 
+    def rescaled(self, params: SlabParameters) -> SlabParameters:
+        """The same model with slabs of mean square one: the dictionary has the scale."""
+        variance = params.slab.diagonal() if self.full else params.slab
+        size = (params.mean**2 + variance).sqrt().clamp(min=torch.finfo(variance.dtype).tiny ** 0.25)
+        slab = params.slab / (size[:, None] * size if self.full else size**2)
+        return params._replace(W=params.W * size, mean=params.mean / size, slab=slab)
+
     def activity(self, params: SlabParameters) -> float:
         """Mean probability of a cause to be active."""
         return float(params.prob.mean())
