@@ -18,7 +18,7 @@ from torch import Tensor
 
 from probtensor.comm import Comm, Serial, refuse_together
 from probtensor.inference.evolution import Evolution
-from probtensor.inference.points import PointBlocks, Points, any_missing, deal_points, summarise
+from probtensor.inference.points import PointBlocks, Points, Summary, any_missing, deal_points, summarise
 from probtensor.inference.state_sets import Own, Selected, every_state, few_active
 from probtensor.inference.truncated_em import DataCut, Everything, Preselection, Result, Selection
 from probtensor.models.sparse_fit import Schedule, fit_dictionary
@@ -272,8 +272,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f"n_samples: expected an integer of at least 1, got {n_samples!r}")
         rng = np.random.default_rng(make_generator(random_state).initial_seed())
         codes = self._draw(n_samples, rng)
-        mean = self._decode(codes)
-        drawn = mean + self.noise_std_ * rng.normal(size=mean.shape)
+        drawn = self._observe(codes, rng)
         return drawn.astype(self.components_.dtype), codes.astype(self.components_.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -345,6 +344,21 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """Values of a cause other than zero."""
         return (1.0,)
 
+    def _noise(self, params: Any) -> Tensor | None:
+        """Standard deviation of the noise; None where the model has none."""
+        std: Tensor = params.variance.sqrt()
+        return std
+
+    def _spread(self, params: Any) -> Tensor:
+        """Size of the random numbers that annealing adds to the dictionary, at most."""
+        std: Tensor = params.variance.sqrt()
+        return std
+
+    def _observe(self, codes: FloatArray, rng: np.random.Generator) -> FloatArray:
+        """Points drawn given their codes."""
+        mean = self._decode(codes)
+        return mean + self.noise_std_ * rng.normal(size=mean.shape)
+
     def _decode(self, codes: FloatArray) -> FloatArray:
         return np.asarray(codes @ self.components_.astype(np.float64))
 
@@ -361,6 +375,14 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         if summary.n_points == 0:
             raise ValueError("Y: expected at least one point, got none")
         blocks = self._blocks(array, blocks.first, summary.masked)
+        with threads_for(summary.n_points):
+            result = self._learn(blocks, summary, comm, start)
+        self.n_features_in_, self._sums = array.shape[1], None
+        self._keep(result)
+        return self
+
+    def _learn(self, blocks: PointBlocks, summary: Summary, comm: Comm, start: Any) -> Result[Any]:
+        """Parameters from all ranks' points."""
         H = self.n_components
         schedule = Schedule(
             self.temperature,
@@ -371,35 +393,37 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             self.tol,
         )
         limited = self.states == "selected" and self._max_active() < H
-        with threads_for(summary.n_points):
-            result = fit_dictionary(
-                self._model(),
-                blocks,
-                summary,
-                self._selection(),
-                schedule,
-                n_components=H,
-                comm=comm,
-                generator=make_generator(self.random_state),
-                cut=DataCut(H, self._max_active()) if self.data_cut and limited else None,
-                start=start,
-                progress=self.progress,
-            )
-        self.n_features_in_, self._sums = array.shape[1], None
-        self._keep(result)
-        return self
+        return fit_dictionary(
+            self._model(),
+            blocks,
+            summary,
+            self._selection(),
+            schedule,
+            n_components=H,
+            comm=comm,
+            generator=make_generator(self.random_state),
+            cut=DataCut(H, self._max_active()) if self.data_cut and limited else None,
+            spread=self._spread,
+            start=start,
+            progress=self.progress,
+        )
 
     def _keep(self, result: Result[Any]) -> None:
         self.bound_history_, self.n_iter_ = result.bound_history, result.n_iter
         self.converged_ = result.converged
-        seen = [self._prior_history(params) | {"noise_std": params.variance.sqrt()} for params in result.params_history]
+        seen = []
+        for params in result.params_history:
+            noise = self._noise(params)
+            seen.append(self._prior_history(params) | ({} if noise is None else {"noise_std": noise}))
         self.parameter_history_ = {name: torch.stack([x[name] for x in seen]).cpu().numpy() for name in seen[0]}
         self._set(result.params)
 
     def _set(self, params: Any) -> None:
         self._params = params
         self.components_ = params.W.T.contiguous().cpu().numpy()
-        self.noise_std_ = float(params.variance.sqrt())
+        noise = self._noise(params)
+        if noise is not None:
+            self.noise_std_ = float(noise)
         self._set_prior(params)
 
     def _check(self) -> None:

@@ -7,7 +7,7 @@ moves components from where there are too many to where there are too few. Both 
 points have their say afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -76,10 +76,13 @@ def fit_dictionary(
     comm: Comm,
     generator: torch.Generator,
     cut: DataCut | None,
+    spread: Callable[[Any], Tensor],
     start: Any = None,
     progress: bool = True,
 ) -> Result[Any]:
     """Fit a model to all ranks' points; from `start` on without annealing, where parameters are given.
+
+    `spread` is the size of random numbers that suits a dictionary: the standard deviation of the noise.
 
     Returns
     -------
@@ -107,7 +110,7 @@ def fit_dictionary(
             T = schedule.at(step)
             if T <= 1:
                 return params
-            size = NOISE * min(1.0, 2 * (T - 1) / (schedule.temperature - 1)) * params.variance.sqrt()
+            size = NOISE * min(1.0, 2 * (T - 1) / (schedule.temperature - 1)) * spread(params)
             noise = torch.randn(params.W.shape, generator=generator, dtype=torch.float64).to(params.W)
             return model.towards(params, params._replace(W=params.W + size * noise), 1.0)
 
