@@ -7,5 +7,8 @@ from probtensor.models.coders import MCA as MCA
 from probtensor.models.coders import MMCA as MMCA
 from probtensor.models.coders import TSC as TSC
 from probtensor.models.funbat import FunBaT as FunBaT
+from probtensor.models.mixtures import MoG as MoG
+from probtensor.models.mixtures import MoP as MoP
+from probtensor.models.noisy_or import NoisyOR as NoisyOR
 
-__all__ = ["BSC", "DSC", "GSC", "MCA", "MMCA", "TSC", "FunBaT"]
+__all__ = ["BSC", "DSC", "GSC", "MCA", "MMCA", "TSC", "FunBaT", "MoG", "MoP", "NoisyOR"]

@@ -27,6 +27,7 @@ from probtensor.inference.points import Points
 __all__ = ["Covariance", "GaussianMixture", "GaussianParameters", "PoissonMixture", "PoissonParameters"]
 
 Covariance = Literal["diag", "full", "spherical"]
+CHUNK = 2**21  # numbers in an array of a matrix for each component and point
 
 
 class GaussianParameters(NamedTuple):
@@ -116,7 +117,7 @@ class GaussianMixture(_Mixture):
         """``log p(y, h)``, shape (H, n)."""
         difference = self._difference(params, points)
         if self.kind == "full":
-            quadratic, log_det = self._by_pattern(params, points, difference)
+            quadratic, log_det = self._whitened(params, points, difference)
         else:
             variance = _of_entries(params)
             quadratic = (difference**2 @ (1 / variance)[:, :, None]).squeeze(-1)
@@ -217,37 +218,46 @@ class GaussianMixture(_Mixture):
         shape = (H, D, D) if self.kind == "full" else (H, D)
         return number, first.reshape(H, D), second.reshape(shape), observed
 
-    def _by_pattern(self, params: GaussianParameters, points: Points, difference: Tensor) -> tuple[Tensor, Tensor]:
+    def _whitened(self, params: GaussianParameters, points: Points, difference: Tensor) -> tuple[Tensor, Tensor]:
         """Mahalanobis distances and log determinants of what was observed, both (H, n)."""
-        quadratic = difference.new_zeros(difference.shape[:2])
-        log_det = torch.zeros_like(quadratic)
-        for rows, entries in _patterns(points):
-            factor = torch.linalg.cholesky(params.covariance[:, entries[:, None], entries])
-            whitened = torch.linalg.solve_triangular(factor, difference[:, rows][:, :, entries].mT, upper=False)
-            quadratic[:, rows] = (whitened**2).sum(1)
-            log_det[:, rows] = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)[:, None]
+        if points.seen is None:
+            factor = torch.linalg.cholesky(params.covariance)
+            white = torch.linalg.solve_triangular(factor, difference.mT, upper=False)
+            return (white**2).sum(1), 2 * factor.diagonal(dim1=1, dim2=2).log().sum(1)[:, None]
+        quadratic = difference.new_empty(difference.shape[:2])
+        log_det = torch.empty_like(quadratic)
+        for rows in self._chunks(params, points):
+            _, which, inverse, of_pattern = _by_pattern(params.covariance, points.seen[rows])
+            white = inverse[:, which] @ difference[:, rows, :, None]
+            quadratic[:, rows], log_det[:, rows] = (white**2).sum((2, 3)), of_pattern[:, which]
         return quadratic, log_det
 
     def _completed(
         self, params: GaussianParameters, points: Points, difference: Tensor, q: Tensor
     ) -> tuple[Tensor, Tensor]:
         """First (H, D) and second (H, D, D) sums of ``y - w_h``, what is missing given what was observed."""
+        if points.seen is None:
+            return (q[:, None] @ difference).squeeze(1), (difference * q[:, :, None]).mT @ difference
         covariance = params.covariance
-        first, second = torch.zeros_like(params.W.T), torch.zeros_like(covariance)
-        for rows, entries in _patterns(points):
-            weight, part = q[:, rows], difference[:, rows][:, :, entries]
-            if len(entries) == len(covariance[0]):
-                first += (weight[:, None] @ part).squeeze(1)
-                second += (part * weight[:, :, None]).mT @ part
-                continue
-            columns = covariance[:, :, entries]  # (H, D, observed)
-            factor = torch.linalg.cholesky(columns[:, entries])
-            gain = torch.cholesky_solve(columns.mT, factor).mT
-            filled = part @ gain.mT  # (H, rows, D)
-            first += (weight[:, None] @ filled).squeeze(1)
-            second += (filled * weight[:, :, None]).mT @ filled
-            second += weight.sum(1)[:, None, None] * (covariance - gain @ columns.mT)
-        return first, second
+        filled = torch.empty_like(difference)
+        precision = torch.zeros_like(covariance)  # of what was observed, zero elsewhere, summed over points
+        for rows in self._chunks(params, points):
+            patterns, which, inverse, _ = _by_pattern(covariance, points.seen[rows])
+            part = difference[:, rows]
+            of_point = inverse[:, which]
+            solved = (of_point.mT @ (of_point @ part[..., None])).squeeze(-1)
+            filled[:, rows] = torch.where(points.seen[rows] > 0, part, solved @ covariance)
+            weight = q.new_zeros(len(q), len(patterns)).index_add_(1, which, q[:, rows])
+            precision += ((inverse.mT @ inverse) * weight[:, :, None, None]).sum(1)
+        second = (filled * q[:, :, None]).mT @ filled
+        second += q.sum(1)[:, None, None] * covariance - covariance @ precision @ covariance
+        return (q[:, None] @ filled).squeeze(1), second
+
+    def _chunks(self, params: GaussianParameters, points: Points) -> Iterator[slice]:
+        """Stretches of the points, for each of which a matrix a component fits into memory."""
+        D, H = params.W.shape
+        size = max(1, CHUNK // (H * D * D))
+        return (slice(start, start + size) for start in range(0, len(points.y), size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +290,7 @@ class PoissonMixture(_Mixture):
         observed = known.reshape(H, D) if len(known) else number[:, None].expand(H, D)
         tiny = torch.finfo(first.dtype).tiny ** 0.5
         W = torch.where(observed > tiny, first.reshape(H, D) / observed.clamp(min=tiny), params.W.T)
-        return PoissonParameters(W.clamp(min=tiny).T, _log_shares(number))
+        return PoissonParameters(W.clamp(min=tiny).T.contiguous(), _log_shares(number))
 
     def carried(self, statistics: Tensor, old: PoissonParameters, new: PoissonParameters, masked: bool) -> Tensor:
         """The sums themselves: they depend on parameters through responsibilities alone."""
@@ -332,13 +342,26 @@ def _at_least(covariance: Tensor, floor: Tensor) -> Tensor:
     return result
 
 
-def _patterns(points: Points) -> Iterator[tuple[Tensor, Tensor]]:
-    """Points (rows) that were observed at the same entries, and these entries."""
-    n, D = points.y.shape
-    device = points.y.device
-    if points.seen is None or n == 0:
-        yield torch.arange(n, device=device), torch.arange(D, device=device)
-        return
-    patterns, which = torch.unique(points.seen, dim=0, return_inverse=True)
-    for number, pattern in enumerate(patterns):
-        yield (which == number).nonzero().squeeze(-1), pattern.nonzero().squeeze(-1)
+def _by_pattern(covariance: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factors of the covariances of what was observed, for each different set of observed entries.
+
+    Parameters
+    ----------
+    covariance : Tensor, shape (H, D, D)
+    seen : Tensor, shape (n, D)
+
+    Returns
+    -------
+    patterns : Tensor, shape (P, D)
+        Different rows of `seen`.
+    which : Tensor, shape (n,), int64
+    inverse : Tensor, shape (H, P, D, D)
+        ``L`` with ``L'L`` the inverse of the covariance of observed entries, 0 for others.
+    log_det : Tensor, shape (H, P)
+    """
+    patterns, which = torch.unique(seen, dim=0, return_inverse=True)
+    both = patterns[:, :, None] * patterns[:, None, :]
+    factor = torch.linalg.cholesky(covariance[:, None] * both + torch.diag_embed(1 - patterns))
+    one = torch.eye(seen.shape[1], dtype=seen.dtype, device=seen.device)
+    inverse = torch.linalg.solve_triangular(factor, one, upper=False) * patterns[:, None, :]
+    return patterns, which, inverse, 2 * factor.diagonal(dim1=2, dim2=3).log().sum(2)

@@ -239,7 +239,7 @@ def _from_seeds(
     comm: Comm,
 ) -> Any:
     """Parameters with each point in the component of its nearest seed."""
-    params = first_params(seeds.grow(n_components).T)
+    params = first_params(seeds.grow(n_components).T.contiguous())
 
     def sums_of(number: int) -> Tensor:
         points = few[number]
@@ -251,9 +251,7 @@ def _from_seeds(
     return model.softened(model.update(params, sums, few.masked), n_few)
 
 
-def _renewed(
-    model: Any, params: Any, few: Sequence[Points], n_few: int, comm: Comm, generator: torch.Generator
-) -> Any:
+def _renewed(model: Any, params: Any, few: Sequence[Points], n_few: int, comm: Comm, generator: torch.Generator) -> Any:
     """Parameters with a component that is hardly missed begun anew at a point that is badly explained."""
     seed = int(torch.randint(2**31, (1,), generator=generator))
     first = few.first if isinstance(few, PointBlocks) else 0

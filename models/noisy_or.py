@@ -27,7 +27,8 @@ from probtensor.resources import RandomState
 
 __all__ = ["NoisyOR", "NoisyOrCoding", "NoisyOrParameters"]
 
-SPREAD = 0.1  # of the random numbers on the dictionary while annealing
+SPREAD = 0.2  # of the random numbers on the dictionary while annealing
+CHUNK = 2**16  # numbers in an array over entries, states and points
 
 
 class NoisyOrParameters(NamedTuple):
@@ -67,8 +68,9 @@ class NoisyOrCoding:
         taken, chosen = torch.zeros_like(linear), []
         for _ in range(n_candidates):
             gain = linear + taken
-            for strength, y_d, before in zip(a, y, explained, strict=True):
-                gain += y_d * (_log_on(before + strength[:, None]) - _log_on(before))
+            for d in _chunks(len(a), H * n):
+                before = explained[d, None]
+                gain += (y[d, None] * (_log_on(before + a[d, :, None]) - _log_on(before))).sum(0)
             best = gain.argmax(0)
             chosen.append(best)
             taken.scatter_(0, best[None], -torch.inf)
@@ -80,7 +82,7 @@ class NoisyOrCoding:
         a = _strengths(params.W)
         joint = _linear(states, _log_odds(params)[:, None] - a.T @ _off(points))
         for d, total in _totals(states, a):
-            joint += torch.where(points.y[:, d] > 0, _log_on(total), 0.0)
+            joint += torch.where(points.y.T[d, None] > 0, _log_on(total), 0.0).sum(0)
         return joint.add_(torch.log1p(-params.prob).sum())
 
     def statistics(self, params: NoisyOrParameters, points: Points, states: Selected | Own, q: Tensor) -> Tensor:
@@ -92,8 +94,8 @@ class NoisyOrCoding:
         for d, total in _totals(states, a):
             # That a cause fired, where an entry is on: W_dh / p(y_d = 1 | s).
             on = -torch.expm1(-total)
-            weight = torch.where(on > 0, q / on.clamp(min=torch.finfo(q.dtype).tiny), 0.0) * points.y[:, d]
-            fired[d] = params.W[d] * _inclusion(states, weight).sum(1)
+            weight = torch.where(on > 0, q / on.clamp(min=torch.finfo(q.dtype).tiny), 0.0) * points.y.T[d, None]
+            fired[d] = params.W[d] * _where_active(states, weight)
         active = seen.T @ mean.T
         n_points = points.sums()[0]
         return torch.cat([x.reshape(-1) for x in (fired, active, mean.sum(1), n_points)])
@@ -125,13 +127,15 @@ class NoisyOrCoding:
         """Posterior mean of ``p(y_d = 1 | s)``, shape (n, D)."""
         mean = torch.empty_like(points.y)
         for d, total in _totals(states, _strengths(params.W)):
-            mean[:, d] = (-torch.expm1(-total) * q).sum(0)
+            mean[:, d] = (-torch.expm1(-total) * q).sum(1).T
         return mean
 
     def renew(self, params: NoisyOrParameters, component: int, direction: Tensor) -> NoisyOrParameters:
-        """Parameters with one cause begun anew, which explains entries that others do not."""
+        """Parameters with one cause begun anew, which explains entries where others fall short, most where most."""
         W, prob = params.W.clone(), params.prob.clone()
-        W[:, component], prob[component] = direction.clamp(0.05, 0.95), prob.mean()
+        short = direction.clamp(min=0)
+        short = short / short.max().clamp(min=torch.finfo(short.dtype).tiny ** 0.5)
+        W[:, component], prob[component] = short.clamp(0.05, 0.95), prob.mean()
         return NoisyOrParameters(W, prob)
 
 
@@ -301,18 +305,35 @@ def _linear(states: Selected | Own, b: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(b[:1]), b, of_table]) if states.n_singles else of_table
 
 
-def _totals(states: Selected | Own, a: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each entry's number, and the strengths of each state's active causes there, shape (states, n) or (states, 1)."""
-    shared = isinstance(states, Selected) and len(states.index) == states.n_components
-    for d, strength in enumerate(a):
-        if shared:  # all causes are candidates of all points, in one order
-            yield d, _linear(Selected(states.table, states.index[:, :1], len(strength)), strength[:, None])
-        elif isinstance(states, Own):
-            yield d, torch.einsum("shn,h->sn", states.values, strength)
-        else:
-            yield d, _linear(states, strength[:, None].expand(len(strength), states.index.shape[1]))
+def _totals(states: Selected | Own, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some entries, and the strengths of each state's active causes there: (entries, states, n) or (entries, states, 1).
+
+    The latter where all causes are candidates of all points: then all points have the same states.
+    """
+    if isinstance(states, Own):
+        S, _, n = states.values.shape
+        for d in _chunks(len(a), S * n):
+            yield d, (a[d] @ states.values).movedim(0, 1)
+        return
+    table, H, n = states.table, states.n_components, states.index.shape[1]
+    n = min(n, 1) if len(states.index) == H else n
+    for d in _chunks(len(a), table.n_states(H) * n):
+        of_table = table.values @ a[d][:, states.index[:, :n]]
+        none = of_table.new_zeros(len(of_table), 1, n)
+        yield d, torch.cat([none, a[d, :, None].expand(-1, -1, n), of_table], 1) if states.n_singles else of_table
 
 
-def _inclusion(states: Selected | Own, weight: Tensor) -> Tensor:
-    """``sum_s weight_s [s_h = 1]`` of each point, shape (H, n)."""
-    return states.inclusion(weight)
+def _where_active(states: Selected | Own, weight: Tensor) -> Tensor:
+    """Sum of weights (entries, states, n) over points and those states where a cause is active, (entries, H)."""
+    if isinstance(states, Own):
+        return torch.einsum("dsn,shn->dh", weight, states.values)
+    first = states.n_singles
+    inside = states.table.values.T @ weight[:, first:]  # (entries, C, n)
+    total = weight[:, 1:first].sum(2) if first else weight.new_zeros(len(weight), states.n_components)
+    return total.index_add_(1, states.index.reshape(-1), inside.reshape(len(weight), -1))
+
+
+def _chunks(n_entries: int, size: int) -> Iterator[slice]:
+    """Stretches of the entries, for each of which arrays of so many numbers an entry stay in the cache."""
+    step = max(1, CHUNK // max(size, 1))
+    return (slice(start, start + step) for start in range(0, n_entries, step))
