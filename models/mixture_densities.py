@@ -1,11 +1,11 @@
 r"""Mixtures in which one component makes each point: the mathematics of MoG and MoP.
 
-Model: component h with probability ``pi_h``, then ``y ~ N(w_h, Sigma_h)`` or ``y_d ~ Poisson(W_dh)``. A missing entry is
-one of which nothing is known: it is integrated out, exactly.
+Model: component h with probability ``pi_h``, then ``y ~ N(w_h, Sigma_h)`` or ``y_d ~ Poisson(W_dh)``. Missing entries are
+integrated out, exactly.
 
 States of a point are its H components: log joint densities and posteriors (responsibilities) are arrays (H, n).
 
-**Sums about the old means.** Gaussian sums are those of ``y - w_h`` and its squares with ``w_h`` before the step, so that
+**Sums about the old means.** Gaussian sums are those of ``y - w_h`` and its squares with ``w_h`` before the step:
 nothing cancels where components are narrow and far from the origin.
 
 References
@@ -77,7 +77,8 @@ class _Mixture:
 
     def reconstruct(self, params: Any, points: Points, states: Any, q: Tensor) -> Tensor:
         """Posterior mean of the mean of a point's component, shape (n, D)."""
-        return q.T @ params.W.T
+        mean: Tensor = q.T @ params.W.T
+        return mean
 
     def activity(self, params: Any) -> float:
         """Probability of a component to be the one."""
@@ -103,7 +104,7 @@ class GaussianMixture(_Mixture):
 
     def start(self, W: Tensor, variance: Tensor, floor: Tensor) -> GaussianParameters:
         """First parameters: all components with the variances (D,) of the data."""
-        D, H = W.shape
+        H = W.shape[1]
         shapes = {"diag": variance, "full": torch.diag(variance), "spherical": variance.mean()}
         covariance = shapes[self.kind]
         log_prob = W.new_full((H,), -math.log(H))
@@ -121,10 +122,7 @@ class GaussianMixture(_Mixture):
         else:
             variance = _of_entries(params)
             quadratic = (difference**2 @ (1 / variance)[:, :, None]).squeeze(-1)
-            if points.seen is None:
-                log_det = variance.log().sum(1)[:, None]
-            else:
-                log_det = variance.log() @ points.seen.T
+            log_det = variance.log().sum(1)[:, None] if points.seen is None else variance.log() @ points.seen.T
         constant = points.n_seen() * math.log(2 * math.pi)
         return params.log_prob[:, None] - 0.5 * (quadratic + log_det + constant)
 
@@ -200,7 +198,8 @@ class GaussianMixture(_Mixture):
         return params.covariance.diagonal(dim1=1, dim2=2) if self.kind == "full" else _of_entries(params)
 
     def _pooled(self, params: GaussianParameters) -> Tensor:
-        return torch.tensordot(params.log_prob.softmax(0), params.covariance, dims=1)
+        H = len(params.log_prob)
+        return (params.log_prob.softmax(0) @ params.covariance.reshape(H, -1)).reshape(params.covariance.shape[1:])
 
     def _difference(self, params: GaussianParameters, points: Points) -> Tensor:
         """``y - w_h``, 0 where missing, shape (H, n, D)."""
@@ -213,7 +212,8 @@ class GaussianMixture(_Mixture):
         """Points of each component (H,), first and second sums, and observations of each entry (H, D)."""
         D, H = params.W.shape
         size = D * D if self.kind == "full" else D
-        number, first, second, known = statistics.split([H, H * D, H * size, len(statistics) - H * (1 + D + size)])
+        sizes = [H, H * D, H * size, len(statistics) - H * (1 + D + size)]
+        number, first, second, known = statistics.split(sizes)  # type: ignore[no-untyped-call]
         observed = known.reshape(H, D) if len(known) else number[:, None].expand(H, D)
         shape = (H, D, D) if self.kind == "full" else (H, D)
         return number, first.reshape(H, D), second.reshape(shape), observed
@@ -286,7 +286,8 @@ class PoissonMixture(_Mixture):
     ) -> PoissonParameters:
         """The M-step: the optimum of all parameters; a mean of 0 stays a little above, for its logarithm."""
         D, H = params.W.shape
-        number, first, known = statistics.split([H, H * D, len(statistics) - H * (1 + D)])
+        sizes = [H, H * D, len(statistics) - H * (1 + D)]
+        number, first, known = statistics.split(sizes)  # type: ignore[no-untyped-call]
         observed = known.reshape(H, D) if len(known) else number[:, None].expand(H, D)
         tiny = torch.finfo(first.dtype).tiny ** 0.5
         W = torch.where(observed > tiny, first.reshape(H, D) / observed.clamp(min=tiny), params.W.T)

@@ -159,7 +159,8 @@ def _draw(
     if n_points < 2 * wanted:
         return blocks, n_points
     place = torch.arange(wanted) + torch.rand(wanted, generator=generator, dtype=torch.float64)
-    rows = (place * (n_points / wanted)).long().clamp(max=n_points - 1).unique().numpy()
+    rows = (place * (n_points / wanted)).long().clamp(max=n_points - 1).numpy()
+    rows = np.unique(rows)
     here = rows - blocks.first * blocks.size
     here = here[(here >= 0) & (here < len(blocks.array))]
     array, first = deal_points(np.asarray(blocks.array[here]), blocks.size, comm)
@@ -224,9 +225,11 @@ class _Seeds:
         features, of_candidates = (self._model.features(y, self._variance) for y in (points.y, candidates))
         difference = features - of_candidates[:, None]
         if points.seen is None:
-            return (difference**2).sum(2).cpu().double()
+            distance: Tensor = (difference**2).sum(2)
+            return distance.cpu().double()
         known = points.n_seen().clamp(min=1)
-        return ((difference**2 * points.seen).sum(2) * (points.y.shape[1] / known)).cpu().double()
+        distance = (difference**2 * points.seen).sum(2) * (points.y.shape[1] / known)
+        return distance.cpu().double()
 
 
 def _from_seeds(

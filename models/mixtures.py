@@ -10,7 +10,6 @@ from typing import Any, Self, final
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from probtensor.comm import Comm
@@ -223,9 +222,9 @@ class MoG(Mixture):
         return GaussianMixture(self.covariance)
 
     def _first(self, means: Tensor, summary: Summary) -> GaussianParameters:
-        variance = summary.variance
-        size = variance.max() or max(float(np.abs(summary.mean).max()) ** 2, 1.0)  # for entries that are all the same
-        variance = torch.from_numpy(np.where(variance > 0, variance, size)).to(means)
+        known = summary.variance
+        size = known.max() or max(float(np.abs(summary.mean).max()) ** 2, 1.0)  # for entries that are all the same
+        variance = torch.from_numpy(np.where(known > 0, known, size)).to(means)
         return self._model().start(means, variance, self.min_std**2 * variance)
 
     def _more_points(self, n_features: int) -> int:
@@ -245,7 +244,7 @@ class MoG(Mixture):
             noise = (np.linalg.cholesky(covariance)[label] @ normal[:, :, None])[:, :, 0]
         else:
             noise = normal * np.sqrt(covariance.reshape(len(covariance), -1))[label]
-        return self._decode(codes) + noise
+        return np.asarray(self._decode(codes) + noise)
 
 
 @final

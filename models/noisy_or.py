@@ -2,9 +2,9 @@ r"""Noisy-OR: binary data in which each active cause switches entries on, each w
 
 Model: ``s_h ~ Bernoulli(pi_h)``, ``p(y_d = 1 | s) = 1 - prod_h (1 - W_dh s_h)``; entries of ``y`` may be missing.
 
-With ``a_dh = -log(1 - W_dh)`` an entry stays off with probability ``exp(-sum_h s_h a_dh)``: what entries that are off say
-is linear in ``s``, and one product serves all states; only those that are on need a logarithm for each state. The M-step
-is that of EM in which also hidden is which causes fired, so that no step lowers the bound.
+With ``a_dh = -log(1 - W_dh)`` an entry stays off with probability ``exp(-sum_h s_h a_dh)``: what entries that are off
+say is linear in ``s``, and one product serves all states; only those that are on need a logarithm for each state. The
+M-step is that of EM in which also hidden is which causes fired, so that no step lowers the bound.
 
 References
 ----------
@@ -105,7 +105,8 @@ class NoisyOrCoding:
     ) -> NoisyOrParameters:
         """The M-step; see `TruncatedModel` for `correction`."""
         D, H = params.W.shape
-        fired, active, used, n_points = statistics.split([D * H, D * H, H, 1])
+        sizes = [D * H, D * H, H, 1]
+        fired, active, used, n_points = statistics.split(sizes)  # type: ignore[no-untyped-call]
         tiny = torch.finfo(fired.dtype).tiny ** 0.5
         W = torch.where(active > tiny, fired / active.clamp(min=tiny), params.W.reshape(-1)).reshape(D, H)
         prob = (correction * used / n_points).clamp(tiny, 1 - torch.finfo(used.dtype).eps)
@@ -306,9 +307,9 @@ def _linear(states: Selected | Own, b: Tensor) -> Tensor:
 
 
 def _totals(states: Selected | Own, a: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some entries, and the strengths of each state's active causes there: (entries, states, n) or (entries, states, 1).
+    """Some entries, and the strengths of each state's active causes there, shape (entries, states, n).
 
-    The latter where all causes are candidates of all points: then all points have the same states.
+    With 1 for n where all causes are candidates of all points: then all points have the same states.
     """
     if isinstance(states, Own):
         S, _, n = states.values.shape

@@ -169,7 +169,7 @@ def test_a_model_comes_back_from_its_file_bit_for_bit(states: Any, tmp_path: Pat
 
 
 def test_samples_have_the_moments_of_the_model() -> None:
-    Y, W = bars(3, np.random.default_rng(7), 500, 0.9)
+    Y, _ = bars(3, np.random.default_rng(7), 500, 0.9)
     model = NoisyOR(6, random_state=0, progress=False, tol=1e-4).fit(Y)
     drawn, codes = model.sample(20_000)
     assert set(np.unique(drawn)) == {0.0, 1.0}
