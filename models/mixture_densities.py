@@ -1,7 +1,7 @@
 r"""Mixtures in which one component makes each point: the mathematics of MoG and MoP.
 
-Model: component h with probability ``pi_h``, then ``y ~ N(w_h, Sigma_h)`` or ``y_d ~ Poisson(W_dh)``. Missing entries are
-integrated out, exactly.
+Model: component h with probability ``pi_h``, then ``y ~ N(w_h, Sigma_h)`` or ``y_d ~ Poisson(W_dh)``. Where entries are
+missing, they are integrated out, exactly.
 
 States of a point are its H components: log joint densities and posteriors (responsibilities) are arrays (H, n).
 

@@ -28,7 +28,7 @@ from probtensor.inference.truncated_em import Result, run
 __all__ = ["OneOfAll", "Plan", "fit_mixture"]
 
 SHORT = 15  # steps of EM from a start, and after a renewal, before bounds are compared
-FAILURES = 4  # renewals in a row without success that end it
+FAILURES = 8  # renewals in a row without success that end it
 WORST_OF = 32  # points among which the worst explained one is looked for
 GAIN = 1e-3  # nats a point that make a renewal a success
 SETTLED = 1e-4  # see `run`, for short runs

@@ -23,10 +23,13 @@ from probtensor.models.mixture_densities import (
     PoissonParameters,
 )
 from probtensor.models.mixture_fit import OneOfAll, Plan, fit_mixture
-from probtensor.models.sparse_coding import BLOCK, GPU_BLOCK, SAMPLE, SAMPLE_A_COMPONENT, FloatArray, SparseCoder
+from probtensor.models.sparse_coding import BLOCK, GPU_BLOCK, FloatArray, SparseCoder
 from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device
 
 __all__ = ["Mixture", "MoG", "MoP"]
+
+SAMPLE = 2000  # points, and this many a component more, for starts and renewals
+SAMPLE_A_COMPONENT = 100
 
 
 class Mixture(SparseCoder, ABC):
@@ -149,7 +152,7 @@ class MoG(Mixture):
         around a single point, and the likelihood has no maximum.
     n_init : int, default 4
         Short starts, of which the best goes on.
-    renewals : int, default 12
+    renewals : int, default 30
         How often, at most, a component that is hardly missed is begun anew.
     max_iter : int, default 200
         Steps of EM on all points at most.
@@ -193,7 +196,7 @@ class MoG(Mixture):
         covariance: Covariance = "diag",
         min_std: float = 1e-3,
         n_init: int = 4,
-        renewals: int = 12,
+        renewals: int = 30,
         max_iter: int = 200,
         tol: float = 1e-6,
         device: str = "auto",
@@ -257,7 +260,7 @@ class MoP(Mixture):
         Components ``H``.
     n_init : int, default 4
         Short starts, of which the best goes on.
-    renewals : int, default 12
+    renewals : int, default 30
         How often, at most, a component that is hardly missed is begun anew.
     max_iter : int, default 200
         Steps of EM on all points at most.
@@ -293,7 +296,7 @@ class MoP(Mixture):
         n_components: int = 10,
         *,
         n_init: int = 4,
-        renewals: int = 12,
+        renewals: int = 30,
         max_iter: int = 200,
         tol: float = 1e-6,
         device: str = "auto",

@@ -248,13 +248,13 @@ def test_all_bars_are_found_and_their_parameters(which: str, single: bool) -> No
     """In the order of their components too, which a start on the first points would not survive."""
     rng = np.random.default_rng(10)
     W = bars()
-    label = np.sort(rng.integers(0, 10, 4000))
-    Y = W[label] + rng.normal(size=(4000, 25)) if which == "mog" else rng.poisson(W[label]).astype(float)
+    label = np.sort(rng.integers(0, 10, 7000))
+    Y = W[label] + rng.normal(size=(7000, 25)) if which == "mog" else rng.poisson(W[label]).astype(float)
     Y = Y.astype(np.float32) if single else Y
     for seed in range(3):
         model = (MoG if which == "mog" else MoP)(random_state=seed, progress=False).fit(Y)
         assert n_found(model.components_, W) == 10
-        np.testing.assert_allclose(np.sort(model.prior_), np.sort(np.bincount(label) / 4000), atol=1e-3)
+        np.testing.assert_allclose(np.sort(model.prior_), np.sort(np.bincount(label) / 7000), atol=1e-3)
         assert model.components_.dtype == model.transform(Y[:5]).dtype == Y.dtype
         if which == "mog":
             assert model.noise_std_ == pytest.approx(1, rel=0.01)

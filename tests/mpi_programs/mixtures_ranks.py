@@ -21,7 +21,7 @@ def points(kind: str, holes: bool) -> np.ndarray:
         )
         Y = fires.any(1).astype(float)
     else:
-        Y = 2.0 * rng.integers(0, 3, (4000, 1)) + rng.normal(size=(4000, 4))
+        Y = 2.0 * rng.integers(0, 3, (6000, 1)) + rng.normal(size=(6000, 4))
         Y = rng.poisson(np.exp(0.4 * Y)).astype(float) if kind == "mop" else Y
     Y[(rng.random(Y.shape) < 0.1) & holes] = np.nan
     return Y
