@@ -49,8 +49,8 @@ def main() -> None:
     with abort_on_error(comm):
         for holes in (False, True):
             for covariance in ("diag", "full", "spherical"):
-                check(MoG(covariance=covariance, **SETTINGS), points("mog", holes), comm)
-            check(MoP(**SETTINGS), points("mop", holes), comm)
+                check(MoG(covariance=covariance, n_init=2, renewals=2, **SETTINGS), points("mog", holes), comm)
+            check(MoP(n_init=2, renewals=2, **SETTINGS), points("mop", holes), comm)
             check(NoisyOR(**SETTINGS, renewals=2, max_iter=30, tol=1e-5), points("noisy-or", holes), comm)
         with pytest.raises(
             ValueError, match=rf"^rank {comm.size - 1}: Y: expected counts" if comm.size > 1 else "^Y: "
