@@ -7,7 +7,7 @@ ranks: sums over points have the same bits on any number of ranks (see `probtens
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from probtensor.comm import Comm
+from probtensor.comm import Comm, refuse_together
 
-__all__ = ["PointBlocks", "Points", "Summary", "any_missing", "deal_points", "summarise"]
+__all__ = ["PointBlocks", "Points", "Summary", "any_missing", "as_points", "deal_points", "summarise"]
 
 
 class Points(NamedTuple):
@@ -177,3 +177,52 @@ def summarise(blocks: PointBlocks, comm: Comm) -> Summary:
 def any_missing(array: npt.NDArray[Any]) -> bool:
     """Whether any entry is NaN; the array may be on disk."""
     return any(bool(np.isnan(array[start : start + 2**16]).any()) for start in range(0, len(array), 2**16))
+
+
+def as_points(Y: Any, comm: Comm, check_values: Callable[[npt.NDArray[Any]], None]) -> npt.NDArray[Any]:
+    """Points as an array (N, D) of floating-point numbers, refused on all ranks together where they are malformed.
+
+    Parameters
+    ----------
+    Y : array_like, Tensor or DataFrame, shape (N, D)
+        NaN is a missing entry; an array on disk stays there.
+    comm : Comm
+    check_values : callable
+        Raises ValueError for values that a model cannot have.
+
+    Returns
+    -------
+    ndarray, shape (N, D)
+
+    Raises
+    ------
+    ValueError
+        If the shape or dtype does not fit, an entry is infinite, or ranks have points of different widths.
+    """
+
+    def check() -> npt.NDArray[Any]:
+        array = Y if isinstance(Y, np.memmap) else np.asarray(Y.detach().cpu() if isinstance(Y, Tensor) else Y)
+        if array.ndim != 2:
+            raise ValueError(f"Y: expected shape (N, D), got {array.shape}")
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"Y: expected numbers, got dtype {array.dtype}")
+        if array.shape[1] == 0:
+            raise ValueError("Y: expected at least one entry a point, got none")
+        if array.dtype.kind != "f":
+            array = array.astype(np.float64)
+        for start in range(0, len(array), 2**16):
+            bad = np.isinf(array[start : start + 2**16])
+            if bad.any():
+                row, column = (int(x[0]) for x in bad.nonzero())
+                raise ValueError(
+                    f"Y: expected finite entries (NaN where missing), got {array[start + row, column]} in row "
+                    f"{start + row}, column {column}"
+                )
+        check_values(array)
+        return array
+
+    array = refuse_together(comm, check)
+    widths = {int.from_bytes(data, "little") for data in comm.gather_bytes(array.shape[1].to_bytes(8, "little"))}
+    if len(widths) > 1:
+        raise ValueError(f"Y: expected the same number of entries a point on all ranks, got {sorted(widths)}")
+    return array

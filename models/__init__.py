@@ -1,11 +1,14 @@
 """Models: what is believed about the data, one family a file."""
 
-from probtensor.models.coders import BSC as BSC
-from probtensor.models.coders import DSC as DSC
-from probtensor.models.coders import GSC as GSC
-from probtensor.models.coders import MCA as MCA
-from probtensor.models.coders import MMCA as MMCA
-from probtensor.models.coders import TSC as TSC
+from probtensor.models.additive_coders import BSC as BSC
+from probtensor.models.additive_coders import DSC as DSC
+from probtensor.models.additive_coders import TSC as TSC
 from probtensor.models.funbat import FunBaT as FunBaT
+from probtensor.models.gaussian_coder import GSC as GSC
+from probtensor.models.max_coders import MCA as MCA
+from probtensor.models.max_coders import MMCA as MMCA
+from probtensor.models.mixtures import MoG as MoG
+from probtensor.models.mixtures import MoP as MoP
+from probtensor.models.noisy_or import NoisyOR as NoisyOR
 
-__all__ = ["BSC", "DSC", "GSC", "MCA", "MMCA", "TSC", "FunBaT"]
+__all__ = ["BSC", "DSC", "GSC", "MCA", "MMCA", "TSC", "FunBaT", "MoG", "MoP", "NoisyOR"]

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from probtensor.comm import Comm, Serial, refuse_together
 from probtensor.inference.evolution import Evolution
-from probtensor.inference.points import PointBlocks, Points, any_missing, deal_points, summarise
+from probtensor.inference.points import PointBlocks, Points, Summary, any_missing, as_points, deal_points, summarise
 from probtensor.inference.state_sets import Own, Selected, every_state, few_active
 from probtensor.inference.truncated_em import DataCut, Everything, Preselection, Result, Selection
 from probtensor.models.functional_table import shared_generator
+from probtensor.models.sparse_files import read_coder, write_coder
 from probtensor.models.sparse_fit import Schedule, fit_dictionary
-from probtensor.persistence import write_state
 from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
 
 __all__ = ["SparseCoder"]
@@ -277,8 +277,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError(f"n_samples: expected an integer of at least 1, got {n_samples!r}")
         rng = np.random.default_rng(make_generator(random_state).initial_seed())
         codes = self._draw(n_samples, rng)
-        mean = self._decode(codes)
-        drawn = mean + self.noise_std_ * rng.normal(size=mean.shape)
+        drawn = self._observe(codes, rng)
         return drawn.astype(self.components_.dtype), codes.astype(self.components_.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -289,40 +288,12 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         path : path-like
         """
         check_is_fitted(self, "components_")
-        params = self.get_params(deep=False)
-        if not is_integer(params["random_state"]):
-            params["random_state"] = None
-        meta = {
-            "params": {name: _plain(value) for name, value in params.items()},
-            "bound_history": self.bound_history_,
-            "n_iter": self.n_iter_,
-            "converged": self.converged_,
-        }
-        arrays = {f"params.{name}": value for name, value in self._params._asdict().items()}
-        arrays |= {f"history.{name}": value for name, value in self.parameter_history_.items()}
-        if self._sums is not None:
-            arrays["sums"] = self._sums
-        write_state(path, f"{type(self).__module__}.{type(self).__qualname__}", arrays, meta)
+        write_coder(self, path)
 
     @classmethod
     def from_state(cls, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Self:
         """Fitted estimator from what `save` wrote; use `probtensor.load`."""
-        params = {name: tuple(value) if isinstance(value, list) else value for name, value in meta["params"].items()}
-        if str(params["device"]).startswith("cuda") and not torch.cuda.is_available():
-            params["device"] = "cpu"
-        model = cls(**params)
-        device = resolve_device(model.device)
-        named = {name[7:]: value.to(device) for name, value in arrays.items() if name.startswith("params.")}
-        model.bound_history_, model.n_iter_ = list(meta["bound_history"]), meta["n_iter"]
-        model.converged_ = meta["converged"]
-        model.parameter_history_ = {
-            name[8:]: value.numpy() for name, value in arrays.items() if name.startswith("history.")
-        }
-        model._sums = arrays["sums"].to(device) if "sums" in arrays else None
-        model.n_features_in_ = len(named["W"])
-        model.dtype_ = np.dtype(np.float32 if named["W"].dtype == torch.float32 else np.float64)
-        model._set(model._model().parameters(**named))
-        return model
+        return read_coder(cls, arrays, meta)
 
     @property
     def bound_(self) -> float:
@@ -354,12 +325,27 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         """Values of a cause other than zero."""
         return (1.0,)
 
+    def _noise(self, params: Any) -> Tensor | None:
+        """Standard deviation of the noise; None where the model has none."""
+        std: Tensor = params.variance.sqrt()
+        return std
+
+    def _spread(self, params: Any) -> Tensor:
+        """Size of the random numbers that annealing adds to the dictionary, at most."""
+        std: Tensor = params.variance.sqrt()
+        return std
+
+    def _observe(self, codes: FloatArray, rng: np.random.Generator) -> FloatArray:
+        """Points drawn given their codes."""
+        mean = self._decode(codes)
+        return mean + self.noise_std_ * rng.normal(size=mean.shape)
+
     def _decode(self, codes: FloatArray) -> FloatArray:
         return np.asarray(codes @ self.components_.astype(np.float64))
 
     def _fit(self, Y: Any, comm: Comm, start: Any) -> Self:
         refuse_together(comm, self._check)
-        array = self._array(Y, comm)
+        array = as_points(Y, comm, self._check_values)
         single = b"yes" if array.dtype == np.float32 else b"no"
         self.dtype_ = np.dtype(np.float32 if set(comm.gather_bytes(single)) == {b"yes"} else np.float64)
         blocks = self._blocks(array, 0, False)
@@ -372,6 +358,14 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         if summary.n_seen == 0:
             raise ValueError("Y: expected at least one observed entry, got none")
         blocks = self._blocks(array, blocks.first, summary.masked)
+        with threads_for(summary.n_points):
+            result = self._learn(blocks, summary, comm, start)
+        self.n_features_in_, self._sums = array.shape[1], None
+        self._keep(result)
+        return self
+
+    def _learn(self, blocks: PointBlocks, summary: Summary, comm: Comm, start: Any) -> Result[Any]:
+        """Parameters from all ranks' points."""
         H = self.n_components
         schedule = Schedule(
             self.temperature,
@@ -382,24 +376,21 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             self.tol,
         )
         limited = self.states == "selected" and self._max_active() < H
-        with threads_for(summary.n_points):
-            result = fit_dictionary(
-                self._model(),
-                blocks,
-                summary,
-                (self._selection(SEARCH_CANDIDATES, SEARCH_ACTIVE), self._selection()),
-                schedule,
-                n_components=H,
-                comm=comm,
-                generator=shared_generator(self.random_state, comm),
-                cut=DataCut(H, self._max_active()) if self.data_cut and limited else None,
-                start=start,
-                keep=lambda params: self._prior_history(params) | {"noise_std": params.variance.sqrt()},
-                progress=self.progress,
-            )
-        self.n_features_in_, self._sums = array.shape[1], None
-        self._keep(result)
-        return self
+        return fit_dictionary(
+            self._model(),
+            blocks,
+            summary,
+            (self._selection(SEARCH_CANDIDATES, SEARCH_ACTIVE), self._selection()),
+            schedule,
+            n_components=H,
+            comm=comm,
+            generator=shared_generator(self.random_state, comm),
+            cut=DataCut(H, self._max_active()) if self.data_cut and limited else None,
+            spread=self._spread,
+            start=start,
+            keep=self._history,
+            progress=self.progress,
+        )
 
     def _keep(self, result: Result[Any]) -> None:
         self.bound_history_, self.n_iter_ = result.bound_history, result.n_iter
@@ -408,10 +399,17 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         self.parameter_history_ = {name: torch.stack([x[name] for x in seen]).cpu().numpy() for name in seen[0]}
         self._set(self._standard(result.params))
 
+    def _history(self, params: Any) -> dict[str, Tensor]:
+        """What of the parameters stays of each step."""
+        noise = self._noise(params)
+        return self._prior_history(params) | ({} if noise is None else {"noise_std": noise})
+
     def _set(self, params: Any) -> None:
         self._params = params
         self.components_ = params.W.T.contiguous().cpu().numpy()
-        self.noise_std_ = float(params.variance.sqrt())
+        noise = self._noise(params)
+        if noise is not None:
+            self.noise_std_ = float(noise)
         self._set_prior(params)
 
     def _check(self) -> None:
@@ -462,39 +460,9 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         size = min(max(2 ** int(np.log2(max(budget, 1))), 32), 2**18 if device.type == "cuda" else 512)
         return PointBlocks(array, size, first, masked, self._dtype(), device)
 
-    def _array(self, Y: Any, comm: Comm) -> npt.NDArray[Any]:
-        """Y as a two-dimensional array of floating-point numbers, checked on all ranks."""
-
-        def check() -> npt.NDArray[Any]:
-            array = Y if isinstance(Y, np.memmap) else np.asarray(Y.detach().cpu() if isinstance(Y, Tensor) else Y)
-            if array.ndim != 2:
-                raise ValueError(f"Y: expected shape (N, D), got {array.shape}")
-            if array.dtype.kind not in "fiub":
-                raise ValueError(f"Y: expected numbers, got dtype {array.dtype}")
-            if array.shape[1] == 0:
-                raise ValueError("Y: expected at least one entry a point, got none")
-            if array.dtype.kind != "f":
-                array = array.astype(np.float64)
-            for start in range(0, len(array), 2**16):
-                bad = np.isinf(array[start : start + 2**16])
-                if bad.any():
-                    row, column = (int(x[0]) for x in bad.nonzero())
-                    raise ValueError(
-                        f"Y: expected finite entries (NaN where missing), got {array[start + row, column]} in row "
-                        f"{start + row}, column {column}"
-                    )
-            self._check_values(array)
-            return array
-
-        array = refuse_together(comm, check)
-        widths = {int.from_bytes(data, "little") for data in comm.gather_bytes(array.shape[1].to_bytes(8, "little"))}
-        if len(widths) > 1:
-            raise ValueError(f"Y: expected the same number of entries a point on all ranks, got {sorted(widths)}")
-        return array
-
     def _array_like_fitted(self, Y: Any) -> npt.NDArray[Any]:
         check_is_fitted(self, "components_")
-        array = self._array(Y, Serial())
+        array = as_points(Y, Serial(), self._check_values)
         if array.shape[1] != self.n_features_in_:
             raise ValueError(f"Y: expected {self.n_features_in_} entries a point, got {array.shape[1]}")
         return array
@@ -513,10 +481,3 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         with torch.no_grad(), threads_for(len(array)):
             parts = [what(self._posterior(blocks[number])).cpu() for number in range(len(blocks))]
         return torch.cat(parts).numpy()
-
-
-def _plain(value: Any) -> Any:
-    """A parameter as JSON has it: a Python number for one of NumPy's, a list for a tuple or an array."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

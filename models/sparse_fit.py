@@ -78,13 +78,15 @@ def fit_dictionary(
     comm: Comm,
     generator: torch.Generator,
     cut: DataCut | None,
+    spread: Callable[[Any], Tensor],
     start: Any = None,
     keep: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Result[Any]:
     """Fit a model to all ranks' points; from `start` on without annealing, where parameters are given.
 
-    The first of `selections` serves the search for a good dictionary, the second the fit to all points.
+    The first of `selections` serves the search for a good dictionary, the second the fit to all points; `spread` is the
+    size of random numbers that suits a dictionary: the standard deviation of the noise.
 
     Returns
     -------
@@ -113,7 +115,7 @@ def fit_dictionary(
             T = schedule.at(step)
             if T <= 1:
                 return params
-            size = NOISE * min(1.0, 2 * (T - 1) / (schedule.temperature - 1)) * params.variance.sqrt()
+            size = NOISE * min(1.0, 2 * (T - 1) / (schedule.temperature - 1)) * spread(params)
             noise = torch.randn(params.W.shape, generator=generator, dtype=torch.float64).to(params.W)
             return model.towards(params, params._replace(W=params.W + size * noise), 1.0)
 
