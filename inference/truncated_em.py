@@ -332,6 +332,7 @@ def run(
             bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
             fell = guarded and good is not None and bound < history[-1] - ROUNDING * max(abs(bound), 1.0)
             if fell and share > SHORTEST:
+                assert good is not None
                 if step == max_iter:
                     break
                 share /= 2

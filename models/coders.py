@@ -318,7 +318,8 @@ class DSC(SparseCoder):
         self.progress = progress
 
     def _check(self) -> None:
-        given = list(self.values) if isinstance(self.values, Iterable) else []
+        wanted: Any = self.values
+        given = list(wanted) if isinstance(wanted, Iterable) else []
         values = [float(value) for value in given if is_number(value) and np.isfinite(value) and value != 0]
         if not values or len(set(values)) < len(given):
             raise ValueError(f"values: expected distinct finite numbers other than 0, got {self.values!r}")
