@@ -21,7 +21,7 @@ from probtensor.models import BSC
 
 __all__ = ["sparse_rank_lines"]
 
-STEPS = 20
+STEPS = 6
 WIDTH = 25  # entries of a point
 
 

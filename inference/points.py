@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from probtensor.blocks import add_up
 from probtensor.comm import Comm, refuse_together
 
-__all__ = ["PointBlocks", "Points", "Summary", "any_missing", "as_points", "deal_points", "summarise"]
+__all__ = ["PointBlocks", "Points", "Summary", "any_missing", "as_points", "block_size", "deal_points", "summarise"]
 
 
 class Points(NamedTuple):
@@ -129,6 +130,12 @@ class Summary(NamedTuple):
     masked: bool
 
 
+def block_size(width: int, device: torch.device) -> int:
+    """Points of a block whose largest array has `width` numbers a point: a power of two that suits the device."""
+    budget, most = (2**27, 2**18) if device.type == "cuda" else (2**19, 2**9)
+    return int(min(max(2 ** int(math.log2(max(budget // width, 1))), 32), most))
+
+
 def deal_points(array: npt.NDArray[Any], size: int, comm: Comm) -> tuple[npt.NDArray[Any], int]:
     """Move rows between ranks so that each has whole blocks of `size` rows; number them through the ranks' order.
 
@@ -158,20 +165,30 @@ def deal_points(array: npt.NDArray[Any], size: int, comm: Comm) -> tuple[npt.NDA
 
 
 def summarise(blocks: PointBlocks, comm: Comm) -> Summary:
-    """Number, mean and variance of all ranks' points, in one pass and one sum."""
-    total = torch.zeros(3, blocks.array.shape[1], dtype=torch.float64)
-    for number in range(len(blocks)):
-        y = blocks[number].y.to("cpu", torch.float64)
+    """Number, mean and variance of all ranks' points, in one pass and one sum.
+
+    Raises
+    ------
+    ValueError
+        If there is no point, or no observed entry.
+    """
+
+    def sums_of(points: Points) -> Tensor:
+        y = points.y.to("cpu", torch.float64)
         seen = ~y.isnan()
         y = y.nan_to_num(0.0)
-        total += torch.stack([seen.sum(0).double(), y.sum(0), (y**2).sum(0)])
-    n_points = torch.tensor([float(len(blocks.array))], dtype=torch.float64)
-    sums = comm.sum(torch.cat([n_points, total.reshape(-1)])).numpy()
-    count, first, second = sums[1:].reshape(3, -1)
+        return torch.stack(
+            [torch.full_like(y[:1].sum(0), float(len(y))), seen.sum(0).double(), y.sum(0), (y**2).sum(0)]
+        )
+
+    n, count, first, second = comm.sum(*add_up(map(sums_of, blocks))).numpy()
+    if n[0] == 0:
+        raise ValueError("Y: expected at least one point, got none")
+    if count.sum() == 0:
+        raise ValueError("Y: expected at least one observed entry, got none")
     known = np.maximum(count, 1)
     mean = first / known
-    variance, masked = np.maximum(second / known - mean**2, 0), bool((count < sums[0]).any())
-    return Summary(int(sums[0]), int(count.sum()), mean, variance, masked)
+    return Summary(int(n[0]), int(count.sum()), mean, np.maximum(second / known - mean**2, 0), bool((count < n).any()))
 
 
 def any_missing(array: npt.NDArray[Any]) -> bool:

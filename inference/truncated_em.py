@@ -181,6 +181,8 @@ class Result(NamedTuple, Generic[P]):
     n_iter : int
         M-steps done.
     converged : bool
+    statistics : Tensor
+        Sums over all points for the M-step after these parameters.
     """
 
     params: P
@@ -188,6 +190,7 @@ class Result(NamedTuple, Generic[P]):
     params_history: list[Any]
     n_iter: int
     converged: bool
+    statistics: Tensor
 
 
 def normalise(log_joint: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,9 +325,9 @@ def run(
     guarded = cut is None and not model.exact
     evidence = _Evidence()
     kept: list[Tensor | None] = [None] * len(blocks)
-    good: tuple[P, list[Tensor | None]] | None = None  # the last parameters and sets that did not lower the bound
+    good: tuple[P, list[Tensor | None], Tensor] | None = None  # of the last step that did not lower the bound
     share, settled, n_updates = 1.0, 0, 0
-    target = params
+    target, statistics = params, torch.empty(0)
 
     def sums_of(
         number: int, step: int, T: float, params: P, kept: list[Tensor | None], chosen: list[Tensor | None]
@@ -374,16 +377,16 @@ def run(
                     params = model.towards(good[0], target, share)
                     continue
                 # No step from there leads up.
-                return Result(good[0], history, params_history, n_updates, True)
+                return Result(good[0], history, params_history, n_updates, True, good[2])
             if T == 1:
                 kept = chosen
-                good = params, list(chosen)
+                good = params, list(chosen), statistics
             still = T == 1 and history and abs(bound - history[-1]) <= tol * max(abs(bound), 1.0)
             history.append(bound)
             params_history.append(params if keep is None else keep(params))
             settled = settled + 1 if still else 0
             if settled >= PATIENCE:
-                return Result(params, history, params_history, n_updates, True)
+                return Result(params, history, params_history, n_updates, True, statistics)
             if step == max_iter:
                 break
             correction = cut.correction(model.activity(params)) if cut is not None and cutting else 1.0
@@ -394,11 +397,11 @@ def run(
             if between is not None:
                 params = between(params, step)
     if good is not None:
-        params = good[0]
+        params, _, statistics = good
     if comm.is_root and not quiet:
         warnings.warn(
             f"not converged: max_iter={max_iter} steps done, the bound still moves. Raise max_iter or tol.",
             ConvergenceWarning,
             stacklevel=7,  # the caller of `fit`
         )
-    return Result(params, history, params_history, n_updates, False)
+    return Result(params, history, params_history, n_updates, False, statistics)

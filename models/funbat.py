@@ -29,13 +29,13 @@ from probtensor.models.funbat_state import (
 from probtensor.models.functional_fit import Fitted, fit, renewed
 from probtensor.models.functional_state import State
 from probtensor.models.functional_stream import absorb
-from probtensor.models.functional_table import has_repeated_cells, shared_generator
+from probtensor.models.functional_table import has_repeated_cells
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import latent_functions
 from probtensor.models.observation import Observation, draw_values
 from probtensor.models.relevance import main_effect
 from probtensor.predictive import Predictive
-from probtensor.resources import RandomState, resolve_device, threads_for
+from probtensor.resources import RandomState, resolve_device, shared_generator, threads_for
 
 __all__ = ["FunBaT"]
 

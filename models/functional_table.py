@@ -1,6 +1,5 @@
 """Rows of one rank on their way into the model."""
 
-import torch
 from torch import Tensor
 
 from probtensor.blocks import scramble
@@ -11,24 +10,14 @@ from probtensor.intake import Table
 from probtensor.likelihoods import StudentT
 from probtensor.models.functional_state import Rows
 from probtensor.models.functional_tucker import FunctionalTucker
-from probtensor.resources import RandomState, make_generator
 
 __all__ = [
     "has_repeated_cells",
     "in_groups",
     "plain_rows",
-    "shared_generator",
     "table_rows",
     "uniform",
 ]
-
-
-def shared_generator(random_state: RandomState, comm: Comm) -> torch.Generator:
-    """A generator in the same state on every rank: that of rank 0's seed."""
-    generator = make_generator(random_state)
-    if comm.size == 1:
-        return generator
-    return make_generator(int(comm.broadcast(torch.tensor([generator.initial_seed()]))[0]))
 
 
 def has_repeated_cells(table: Table, comm: Comm) -> bool:

@@ -40,6 +40,11 @@ class OneOfAll:
 
     n_components: int
 
+    @property
+    def states_per_point(self) -> int:
+        """How many states each point has."""
+        return self.n_components
+
     def step(
         self, model: Any, params: Any, points: Points, kept: Tensor | None, seed: int
     ) -> tuple[Own, Tensor, Tensor | None]:
@@ -83,6 +88,7 @@ def fit_mixture(
     n_components: int,
     comm: Comm,
     generator: torch.Generator,
+    keep: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Result[Any]:
     """Fit a mixture to all ranks' points.
@@ -148,6 +154,7 @@ def fit_mixture(
         max_iter=plan.max_iter,
         tol=plan.tol,
         first_block=blocks.first,
+        keep=keep,
         progress=progress,
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from probtensor.comm import Comm
-from probtensor.inference.points import PointBlocks, Summary, any_missing
+from probtensor.inference.points import PointBlocks, Summary, block_size
 from probtensor.inference.truncated_em import Result
 from probtensor.models.mixture_densities import (
     Covariance,
@@ -23,8 +23,8 @@ from probtensor.models.mixture_densities import (
     PoissonParameters,
 )
 from probtensor.models.mixture_fit import OneOfAll, Plan, fit_mixture
-from probtensor.models.sparse_coding import BLOCK, GPU_BLOCK, FloatArray, SparseCoder
-from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device
+from probtensor.models.sparse_coding import FloatArray, SparseCoder
+from probtensor.resources import RandomState, is_integer, is_number, resolve_device, shared_generator
 
 __all__ = ["Mixture", "MoG", "MoP"]
 
@@ -82,9 +82,7 @@ class Mixture(SparseCoder, ABC):
             return self.fit(Y)
         before = self._params
         super().partial_fit(Y)
-        if self._sums is not None:
-            masked = any_missing(self._array_like_fitted(Y))
-            self._sums = self._model().carried(self._sums, before, self._params, masked)
+        self._sums = self._model().carried(self._sums, before, self._params, self._masked)
         return self
 
     def _check(self) -> None:
@@ -100,15 +98,14 @@ class Mixture(SparseCoder, ABC):
 
     def _blocks(self, array: npt.NDArray[Any], first: int, masked: bool) -> PointBlocks:
         device = resolve_device(self.device)
-        budget = (GPU_BLOCK if device.type == "cuda" else BLOCK) // (self.n_components * array.shape[1])
-        size = min(max(2 ** int(np.log2(max(budget, 1))), 32), 2**18 if device.type == "cuda" else 512)
+        size = block_size(self.n_components * array.shape[1], device)
         return PointBlocks(array, size, first, masked, self._dtype(), device)
 
     def _first(self, means: Tensor, summary: Summary) -> Any:
         """Parameters to begin with."""
         raise NotImplementedError
 
-    def _learn(self, blocks: PointBlocks, summary: Summary, comm: Comm, start: Any) -> Result[Any]:
+    def _learn(self, blocks: PointBlocks, summary: Summary, comm: Comm) -> Result[Any]:
         n_points = SAMPLE + (SAMPLE_A_COMPONENT + self._more_points(blocks.array.shape[1])) * self.n_components
         return fit_mixture(
             self._model(),
@@ -118,7 +115,8 @@ class Mixture(SparseCoder, ABC):
             Plan(self.n_init, self.renewals, n_points, self.max_iter, self.tol),
             n_components=self.n_components,
             comm=comm,
-            generator=make_generator(self.random_state),
+            generator=shared_generator(self.random_state, comm),
+            keep=self._history,
             progress=self.progress,
         )
 

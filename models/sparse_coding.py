@@ -18,13 +18,21 @@ from torch import Tensor
 
 from probtensor.comm import Comm, Serial, refuse_together
 from probtensor.inference.evolution import Evolution
-from probtensor.inference.points import PointBlocks, Points, Summary, any_missing, as_points, deal_points, summarise
+from probtensor.inference.points import (
+    PointBlocks,
+    Points,
+    Summary,
+    any_missing,
+    as_points,
+    block_size,
+    deal_points,
+    summarise,
+)
 from probtensor.inference.state_sets import Own, Selected, every_state, few_active
 from probtensor.inference.truncated_em import DataCut, Everything, Preselection, Result, Selection
-from probtensor.models.functional_table import shared_generator
 from probtensor.models.sparse_files import read_coder, write_coder
-from probtensor.models.sparse_fit import Schedule, fit_dictionary
-from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
+from probtensor.models.sparse_fit import Schedule, check_settings, fit_dictionary, sums_at
+from probtensor.resources import RandomState, is_integer, make_generator, resolve_device, shared_generator, threads_for
 
 __all__ = ["SparseCoder"]
 
@@ -32,7 +40,6 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 SAMPLE = 1000  # points, and this many a component more, for annealing and renewals
 SAMPLE_A_COMPONENT = 20
-BLOCK, GPU_BLOCK = 2**19, 2**27  # numbers in the largest array of a block of points
 SEARCH_CANDIDATES, SEARCH_ACTIVE = 6, 3  # in annealing and renewals
 MAX_EVERY = 2**16  # states that full enumeration takes at most
 
@@ -92,7 +99,8 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     n_features_in_: int
     dtype_: np.dtype[Any]
     _params: Any
-    _sums: Tensor | None
+    _sums: Tensor
+    _masked: bool
 
     def fit(self, Y: Any, y: None = None, *, comm: Comm | None = None) -> Self:
         """Learn dictionary, prior and noise.
@@ -116,7 +124,26 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         ValueError
             If Y is malformed, empty or has infinite entries, or a parameter does not fit it.
         """
-        return self._fit(Y, Serial() if comm is None else comm, None)
+        comm = Serial() if comm is None else comm
+        refuse_together(comm, self._check)
+        array = as_points(Y, comm, self._check_values)
+        single = b"yes" if array.dtype == np.float32 else b"no"
+        self.dtype_ = np.dtype(np.float32 if set(comm.gather_bytes(single)) == {b"yes"} else np.float64)
+        array, first = deal_points(array, self._blocks(array, 0, False).size, comm)
+        summary = summarise(self._blocks(array, first, False), comm)
+        blocks = self._blocks(array, first, summary.masked)
+        with threads_for(summary.n_points):
+            result = self._learn(blocks, summary, comm)
+            params, self._sums = self._standard(result.params), result.statistics
+            if params is not result.params:  # sums for a later batch must be of the same scale
+                self._sums = sums_at(self._model(), params, blocks, self._selection(), comm).statistics
+        self.n_features_in_, self._masked = array.shape[1], summary.masked
+        self.bound_history_, self.n_iter_ = result.bound_history, result.n_iter
+        self.converged_ = result.converged
+        seen = result.params_history
+        self.parameter_history_ = {name: torch.stack([x[name] for x in seen]).cpu().numpy() for name in seen[0]}
+        self._set(params)
+        return self
 
     def fit_transform(self, Y: Any, y: None = None, *, comm: Comm | None = None) -> FloatArray:
         """Fit, and return the codes of Y; see `fit` and `transform`."""
@@ -138,27 +165,19 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         -------
         self
         """
-        first = not hasattr(self, "components_")
-        if first:
-            self.fit(Y)
+        if not hasattr(self, "components_"):
+            return self.fit(Y)
         array = self._array_like_fitted(Y)
-        model, masked = self._model(), any_missing(array)
-        blocks = self._blocks(array, 0, masked)
-        with torch.no_grad(), threads_for(len(array)):
-            sums, log_z = [], 0.0
-            for number in range(len(blocks)):
-                posterior = self._posterior(blocks[number])
-                sums.append(model.statistics(self._params, posterior.points, posterior.states, posterior.q))
-                log_z += float(posterior.log_joint.logsumexp(0).sum())
-            new = torch.stack(sums).sum(0)
-            before = self._sums
-            if before is not None and len(before) != len(new):
-                raise ValueError(f"Y: expected {'no ' if len(before) < len(new) else ''}missing entries, as before")
-            self._sums = new if before is None else before + new
-            if first:
-                return self
-            self._set(model.update(self._params, self._sums, masked))
-        self.bound_history_ = [*self.bound_history_, log_z / max(len(array), 1)]
+        if any_missing(array) and not self._masked:
+            raise ValueError("Y: expected no missing entries, since the points before had none; got some")
+        if len(array) == 0:
+            raise ValueError("Y: expected at least one point, got none")
+        model, blocks = self._model(), self._blocks(array, 0, self._masked)
+        with threads_for(len(array)):
+            found = sums_at(model, self._params, blocks, self._selection(), Serial())
+            self._sums = self._sums + found.statistics
+            self._set(model.update(self._params, self._sums, self._masked))
+        self.bound_history_ = [*self.bound_history_, found.bound_history[-1]]
         return self
 
     def transform(self, Y: Any) -> FloatArray:
@@ -327,13 +346,11 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
 
     def _noise(self, params: Any) -> Tensor | None:
         """Standard deviation of the noise; None where the model has none."""
-        std: Tensor = params.variance.sqrt()
-        return std
+        return params.variance.sqrt()  # type: ignore[no-any-return]
 
     def _spread(self, params: Any) -> Tensor:
         """Size of the random numbers that annealing adds to the dictionary, at most."""
-        std: Tensor = params.variance.sqrt()
-        return std
+        return params.variance.sqrt()  # type: ignore[no-any-return]
 
     def _observe(self, codes: FloatArray, rng: np.random.Generator) -> FloatArray:
         """Points drawn given their codes."""
@@ -343,38 +360,11 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _decode(self, codes: FloatArray) -> FloatArray:
         return np.asarray(codes @ self.components_.astype(np.float64))
 
-    def _fit(self, Y: Any, comm: Comm, start: Any) -> Self:
-        refuse_together(comm, self._check)
-        array = as_points(Y, comm, self._check_values)
-        single = b"yes" if array.dtype == np.float32 else b"no"
-        self.dtype_ = np.dtype(np.float32 if set(comm.gather_bytes(single)) == {b"yes"} else np.float64)
-        blocks = self._blocks(array, 0, False)
-        if comm.size > 1:
-            array, first = deal_points(array, blocks.size, comm)
-            blocks = self._blocks(array, first, False)
-        summary = summarise(blocks, comm)
-        if summary.n_points == 0:
-            raise ValueError("Y: expected at least one point, got none")
-        if summary.n_seen == 0:
-            raise ValueError("Y: expected at least one observed entry, got none")
-        blocks = self._blocks(array, blocks.first, summary.masked)
-        with threads_for(summary.n_points):
-            result = self._learn(blocks, summary, comm, start)
-        self.n_features_in_, self._sums = array.shape[1], None
-        self._keep(result)
-        return self
-
-    def _learn(self, blocks: PointBlocks, summary: Summary, comm: Comm, start: Any) -> Result[Any]:
+    def _learn(self, blocks: PointBlocks, summary: Summary, comm: Comm) -> Result[Any]:
         """Parameters from all ranks' points."""
         H = self.n_components
-        schedule = Schedule(
-            self.temperature,
-            self.annealing,
-            self.renewals,
-            SAMPLE + SAMPLE_A_COMPONENT * H,
-            self.max_iter,
-            self.tol,
-        )
+        search = SAMPLE + SAMPLE_A_COMPONENT * H
+        schedule = Schedule(self.temperature, self.annealing, self.renewals, search, self.max_iter, self.tol)
         limited = self.states == "selected" and self._max_active() < H
         return fit_dictionary(
             self._model(),
@@ -387,17 +377,9 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             generator=shared_generator(self.random_state, comm),
             cut=DataCut(H, self._max_active()) if self.data_cut and limited else None,
             spread=self._spread,
-            start=start,
             keep=self._history,
             progress=self.progress,
         )
-
-    def _keep(self, result: Result[Any]) -> None:
-        self.bound_history_, self.n_iter_ = result.bound_history, result.n_iter
-        self.converged_ = result.converged
-        seen = result.params_history
-        self.parameter_history_ = {name: torch.stack([x[name] for x in seen]).cpu().numpy() for name in seen[0]}
-        self._set(self._standard(result.params))
 
     def _history(self, params: Any) -> dict[str, Tensor]:
         """What of the parameters stays of each step."""
@@ -413,20 +395,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         self._set_prior(params)
 
     def _check(self) -> None:
-        for name, least in (("n_components", 1), ("n_candidates", 1), ("max_active", 1), ("n_states", 2)):
-            value = getattr(self, name)
-            if not (is_integer(value) and value >= least):
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-        for name in ("annealing", "renewals", "max_iter"):
-            value = getattr(self, name)
-            if not (is_integer(value) and value >= 0):
-                raise ValueError(f"{name}: expected an integer of at least 0, got {value!r}")
-        if not (is_number(self.tol) and self.tol >= 0):
-            raise ValueError(f"tol: expected a number of at least 0, got {self.tol!r}")
-        if not (is_number(self.temperature) and 1 <= self.temperature < np.inf):
-            raise ValueError(f"temperature: expected a finite number of at least 1, got {self.temperature!r}")
-        if self.states not in ("selected", "evolved", "all"):
-            raise ValueError(f'states: expected "selected", "evolved" or "all", got {self.states!r}')
+        check_settings(self)
         n_all = (1 + len(self._values())) ** self.n_components
         if self.states == "all" and n_all > MAX_EVERY:
             raise ValueError(f'states: expected "selected" or "evolved" for {n_all:.3g} states, got "all"')
@@ -454,10 +423,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
 
     def _blocks(self, array: npt.NDArray[Any], first: int, masked: bool) -> PointBlocks:
         device = resolve_device(self.device)
-        selection = self._selection()
-        n_states = selection.states_per_point
-        budget = (GPU_BLOCK if device.type == "cuda" else BLOCK) // max(n_states, array.shape[1])
-        size = min(max(2 ** int(np.log2(max(budget, 1))), 32), 2**18 if device.type == "cuda" else 512)
+        size = block_size(max(self._selection().states_per_point, array.shape[1]), device)
         return PointBlocks(array, size, first, masked, self._dtype(), device)
 
     def _array_like_fitted(self, Y: Any) -> npt.NDArray[Any]:

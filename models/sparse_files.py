@@ -25,11 +25,11 @@ def write_coder(coder: Any, path: str | os.PathLike[str]) -> None:
         "bound_history": coder.bound_history_,
         "n_iter": coder.n_iter_,
         "converged": coder.converged_,
+        "masked": coder._masked,
     }
     arrays = {f"params.{name}": value for name, value in coder._params._asdict().items()}
     arrays |= {f"history.{name}": value for name, value in coder.parameter_history_.items()}
-    if coder._sums is not None:
-        arrays["sums"] = coder._sums
+    arrays["sums"] = coder._sums
     write_state(path, f"{type(coder).__module__}.{type(coder).__qualname__}", arrays, meta)
 
 
@@ -46,7 +46,7 @@ def read_coder(kind: type[C], arrays: dict[str, Tensor], meta: dict[str, Any]) -
     coder.parameter_history_ = {
         name[8:]: value.numpy() for name, value in arrays.items() if name.startswith("history.")
     }
-    coder._sums = arrays["sums"].to(device) if "sums" in arrays else None
+    coder._sums, coder._masked = arrays["sums"].to(device), meta["masked"]
     coder.n_features_in_ = len(named["W"])
     coder.dtype_ = np.dtype(np.float32 if named["W"].dtype == torch.float32 else np.float64)
     coder._set(coder._model().parameters(**named))

@@ -18,8 +18,9 @@ from probtensor.blocks import add_up
 from probtensor.comm import Comm
 from probtensor.inference.points import PointBlocks, Points, Summary
 from probtensor.inference.truncated_em import DataCut, Result, Selection, TruncatedModel, run
+from probtensor.resources import is_integer, is_number
 
-__all__ = ["Schedule", "fit_dictionary"]
+__all__ = ["Schedule", "check_settings", "fit_dictionary", "sums_at"]
 
 P = TypeVar("P")
 
@@ -67,6 +68,24 @@ class Schedule(NamedTuple):
         return max(1.0, self.temperature - (self.temperature - 1) * step / self.annealing)
 
 
+def check_settings(coder: Any) -> None:
+    """Raise ValueError for settings of a `SparseCoder` that make no sense."""
+    for name, least in (("n_components", 1), ("n_candidates", 1), ("max_active", 1), ("n_states", 2)):
+        value = getattr(coder, name)
+        if not (is_integer(value) and value >= least):
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    for name in ("annealing", "renewals", "max_iter"):
+        value = getattr(coder, name)
+        if not (is_integer(value) and value >= 0):
+            raise ValueError(f"{name}: expected an integer of at least 0, got {value!r}")
+    if not (is_number(coder.tol) and coder.tol >= 0):
+        raise ValueError(f"tol: expected a number of at least 0, got {coder.tol!r}")
+    if not (is_number(coder.temperature) and 1 <= coder.temperature < np.inf):
+        raise ValueError(f"temperature: expected a finite number of at least 1, got {coder.temperature!r}")
+    if coder.states not in ("selected", "evolved", "all"):
+        raise ValueError(f'states: expected "selected", "evolved" or "all", got {coder.states!r}')
+
+
 def fit_dictionary(
     model: Any,
     blocks: PointBlocks,
@@ -79,11 +98,10 @@ def fit_dictionary(
     generator: torch.Generator,
     cut: DataCut | None,
     spread: Callable[[Any], Tensor],
-    start: Any = None,
     keep: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> Result[Any]:
-    """Fit a model to all ranks' points; from `start` on without annealing, where parameters are given.
+    """Fit a model to all ranks' points.
 
     The first of `selections` serves the search for a good dictionary, the second the fit to all points; `spread` is the
     size of random numbers that suits a dictionary: the standard deviation of the noise.
@@ -102,36 +120,34 @@ def fit_dictionary(
         more = {"temperature": lambda step: 1.0, "progress": False, "cut": None, "selection": search, **more}
         return run(model, params, blocks, comm=comm, max_iter=steps, tol=tol, first_block=first, seed=seed, **more)
 
-    if start is None:
-        mean, variance = (torch.from_numpy(x).to(like) for x in (summary.mean, summary.variance))
-        noise = torch.randn(len(mean), n_components, generator=generator, dtype=torch.float64).to(like)
-        kind = torch.finfo(like.dtype)
-        rounding = (8 * kind.eps) ** 0.5 * float(mean.abs().max())  # points may all be equal
-        deviation = variance.sqrt().mean().clamp(min=max(kind.tiny**0.25, rounding))
-        W = mean[:, None] + START * deviation * noise
-        params = model.start(W, deviation**2, 1 / n_components)
+    mean, variance = (torch.from_numpy(x).to(like) for x in (summary.mean, summary.variance))
+    noise = torch.randn(len(mean), n_components, generator=generator, dtype=torch.float64).to(like)
+    kind = torch.finfo(like.dtype)
+    rounding = (8 * kind.eps) ** 0.5 * float(mean.abs().max())  # points may all be equal
+    deviation = variance.sqrt().mean().clamp(min=max(kind.tiny**0.25, rounding))
+    W = mean[:, None] + START * deviation * noise
+    params = model.start(W, deviation**2, 1 / n_components)
 
-        def shaken(params: Any, step: int) -> Any:
-            T = schedule.at(step)
-            if T <= 1:
-                return params
-            size = NOISE * min(1.0, 2 * (T - 1) / (schedule.temperature - 1)) * spread(params)
-            noise = torch.randn(params.W.shape, generator=generator, dtype=torch.float64).to(params.W)
-            return model.towards(params, params._replace(W=params.W + size * noise), 1.0)
+    def shaken(params: Any, step: int) -> Any:
+        T = schedule.at(step)
+        if T <= 1:
+            return params
+        size = NOISE * min(1.0, 2 * (T - 1) / (schedule.temperature - 1)) * spread(params)
+        noise = torch.randn(params.W.shape, generator=generator, dtype=torch.float64).to(params.W)
+        return model.towards(params, params._replace(W=params.W + size * noise), 1.0)
 
-        steps = schedule.annealing + SETTLE
-        found = go(params, few, first, steps, 1e-4, temperature=schedule.at, between=shaken, quiet=True)
-        failures = 0
-        for number in range(schedule.renewals):
-            if failures >= FAILURES or n_components == 1:
-                break
-            params = _renewed(model, found.params, few, first, search, comm, generator, seed + number)
-            tried = go(params, few, first, TRIAL, 1e-4, quiet=True)
-            success = tried.bound_history[-1] > found.bound_history[-1] + GAIN
-            found, failures = (tried, 0) if success else (found, failures + 1)
-        start = found.params
+    steps = schedule.annealing + SETTLE
+    found = go(params, few, first, steps, 1e-4, temperature=schedule.at, between=shaken, quiet=True)
+    failures = 0
+    for number in range(schedule.renewals):
+        if failures >= FAILURES or n_components == 1:
+            break
+        params = _renewed(model, found.params, few, first, search, comm, generator, seed + number)
+        tried = go(params, few, first, TRIAL, 1e-4, quiet=True)
+        success = tried.bound_history[-1] > found.bound_history[-1] + GAIN
+        found, failures = (tried, 0) if success else (found, failures + 1)
     return go(
-        start,
+        found.params,
         blocks,
         blocks.first,
         schedule.max_iter,
@@ -140,6 +156,22 @@ def fit_dictionary(
         cut=cut,
         keep=keep,
         progress=progress,
+    )
+
+
+def sums_at(model: Any, params: Any, blocks: PointBlocks, selection: Selection, comm: Comm) -> Result[Any]:
+    """The bound and the sums over points at given parameters, without a step."""
+    return run(
+        model,
+        params,
+        blocks,
+        selection,
+        comm=comm,
+        temperature=lambda step: 1.0,
+        max_iter=0,
+        tol=0.0,
+        quiet=True,
+        progress=False,
     )
 
 

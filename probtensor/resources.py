@@ -12,6 +12,8 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
+from probtensor.comm import Comm
+
 __all__ = [
     "RandomState",
     "is_integer",
@@ -19,6 +21,7 @@ __all__ = [
     "keep_freed_memory",
     "make_generator",
     "resolve_device",
+    "shared_generator",
     "threads_for",
 ]
 
@@ -71,6 +74,14 @@ def make_generator(random_state: RandomState) -> torch.Generator:
         case _:
             raise ValueError(f"random_state: expected None, an integer >= 0 or a NumPy generator, got {random_state!r}")
     return torch.Generator().manual_seed(seed)
+
+
+def shared_generator(random_state: RandomState, comm: Comm) -> torch.Generator:
+    """A generator in the same state on every rank: that of rank 0's seed."""
+    generator = make_generator(random_state)
+    if comm.size == 1:
+        return generator
+    return make_generator(int(comm.broadcast(torch.tensor([generator.initial_seed()]))[0]))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -11,16 +11,11 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize(("what", "n"), [("selected", 1), ("selected", 2), ("selected", 3), ("evolved", 2)])
+@pytest.mark.parametrize(("what", "n"), [("selected", 1), ("selected", 2), ("selected", 3), ("evolved", 3)])
 def test_a_fit_on_several_ranks_is_the_serial_fit(run_mpi: RunMpi, what: str, n: int) -> None:
     assert run_mpi("sparse_ranks.py", n, what, timeout=180).stdout == f"ok on {n}\n"
 
 
 @pytest.mark.mpi
-def test_the_points_that_annealing_sees_do_not_depend_on_the_ranks(run_mpi: RunMpi) -> None:
-    assert run_mpi("sparse_ranks.py", 3, "sample", timeout=180).stdout == "ok on 3\n"
-
-
-@pytest.mark.mpi
 def test_there_may_be_more_ranks_than_points(run_mpi: RunMpi) -> None:
-    assert run_mpi("sparse_ranks.py", 5, "few", timeout=180).stdout == "ok on 5\n"
+    assert run_mpi("sparse_ranks.py", 4, "few", timeout=180).stdout == "ok on 4\n"
