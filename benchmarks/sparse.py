@@ -112,7 +112,7 @@ def step_lines(folder: Path) -> list[str]:
         Y, _ = bars_data(folder, name)
         model = CODERS[name](n_components=10, n_candidates=n_candidates, max_active=max_active, random_state=0)
         model.set_params(progress=False).fit(Y)
-        blocks, selection = model._blocks(Y, 0, False), model._selection()
+        blocks, selection = model._blocks(Y, False), model._selection()
         seconds = []
         for _ in range(5):
             began = time.process_time()

@@ -71,8 +71,8 @@ class PointBlocks(Sequence[Points]):
 
     Attributes
     ----------
-    array : ndarray, shape (n, D)
-        NaN where an entry is missing.
+    array, tail : ndarray, shapes (n, D) and (t, D)
+        NaN where an entry is missing; the rows of the second follow those of the first.
     size : int
         Points of a block; the last may have fewer.
     first : int
@@ -86,6 +86,7 @@ class PointBlocks(Sequence[Points]):
     """
 
     array: npt.NDArray[Any]
+    tail: npt.NDArray[Any]
     size: int
     first: int
     masked: bool
@@ -94,14 +95,26 @@ class PointBlocks(Sequence[Points]):
     kept: dict[int, Points] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return max(1, -(-len(self.array) // self.size))
+        return max(1, -(-self.n_points // self.size))
+
+    @property
+    def n_points(self) -> int:
+        """Points of this rank."""
+        return len(self.array) + len(self.tail)
+
+    def rows(self, wanted: slice) -> npt.NDArray[Any]:
+        """Some of the rows, as they were given."""
+        rows, split = self.array[wanted], len(self.array)
+        if wanted.stop <= split or not len(self.tail):
+            return np.asarray(rows)
+        return np.concatenate([rows, self.tail[max(wanted.start - split, 0) : wanted.stop - split]])
 
     def __getitem__(self, number: Any) -> Any:
         if not 0 <= number < len(self):
             raise IndexError(number)
         if number in self.kept:
             return self.kept[number]
-        rows = self.array[number * self.size : (number + 1) * self.size]
+        rows = self.rows(slice(number * self.size, (number + 1) * self.size))
         single = self.dtype == torch.float32
         y = torch.from_numpy(np.array(rows, np.float32 if single else np.float64, order="C")).to(self.device)
         points = Points.of(y, self.masked)
@@ -136,8 +149,11 @@ def block_size(width: int, device: torch.device) -> int:
     return int(min(max(2 ** int(math.log2(max(budget // width, 1))), 32), most))
 
 
-def deal_points(array: npt.NDArray[Any], size: int, comm: Comm) -> tuple[npt.NDArray[Any], int]:
+def deal_points(array: npt.NDArray[Any], size: int, comm: Comm) -> tuple[npt.NDArray[Any], npt.NDArray[Any], int]:
     """Move rows between ranks so that each has whole blocks of `size` rows; number them through the ranks' order.
+
+    Blocks are shared out evenly. An array on disk stays there: a block belongs to the rank that has its first row, and
+    only its other rows move.
 
     Parameters
     ----------
@@ -149,19 +165,35 @@ def deal_points(array: npt.NDArray[Any], size: int, comm: Comm) -> tuple[npt.NDA
     Returns
     -------
     array : ndarray, shape (m, D)
+    tail : ndarray, shape (t, D)
+        Rows that follow these.
     first : int
         Number of this rank's first block.
     """
+    nothing = np.empty((0, array.shape[1]), dtype=array.dtype)
     if comm.size == 1:
-        return array, 0
+        return array, nothing, 0
     counts = [int.from_bytes(data, "little") for data in comm.gather_bytes(len(array).to_bytes(8, "little"))]
-    n_blocks = -(-sum(counts) // size)
-    ends = np.array([n_blocks * (rank + 1) // comm.size for rank in range(comm.size)])
-    number = sum(counts[: comm.rank]) + np.arange(len(array))
-    to = np.searchsorted(ends, number // size, side="right")
-    rows = torch.from_numpy(np.array(array, dtype=np.float64))
-    moved = comm.exchange(rows, torch.from_numpy(to)).numpy()
-    return moved.astype(array.dtype), int(ends[comm.rank - 1]) if comm.rank else 0
+    on_disk = b"yes" in comm.gather_bytes(b"yes" if isinstance(array, np.memmap) else b"no")
+    begin = np.cumsum([0, *counts])
+    mine = int(begin[comm.rank])
+    if on_disk:
+        first = -(-mine // size)
+        cut = min(first * size - mine, len(array))
+        leaving = array[:cut]
+        owner = (
+            int(np.searchsorted(begin, mine // size * size, side="right")) - 1
+        )  # the last that begins there or before
+        to = np.full(cut, owner)
+    else:
+        n_blocks = -(-sum(counts) // size)
+        ends = np.array([n_blocks * (rank + 1) // comm.size for rank in range(comm.size)])
+        first = int(ends[comm.rank - 1]) if comm.rank else 0
+        cut, leaving = len(array), array
+        to = np.searchsorted(ends, (mine + np.arange(len(array))) // size, side="right")
+    rows = torch.from_numpy(np.array(leaving, dtype=np.float64))
+    moved = comm.exchange(rows, torch.from_numpy(to)).numpy().astype(array.dtype)
+    return array[cut:], moved, first
 
 
 def summarise(blocks: PointBlocks, comm: Comm) -> Summary:

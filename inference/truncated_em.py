@@ -227,6 +227,29 @@ class DataCut(NamedTuple):
         return self.n_components * activity * share / number if number else 1.0
 
 
+class _Kept:
+    """What each block keeps from step to step, in two tensors: many small ones would scatter over the memory."""
+
+    def __init__(self, n_blocks: int) -> None:
+        self._n_blocks = n_blocks
+        self._now: Tensor | None = None
+        self._offered: Tensor | None = None
+
+    def get(self, number: int, n: int) -> Tensor | None:
+        """What block `number`, of n points, keeps: shape (…, n)."""
+        return None if self._now is None else self._now[number, ..., :n]
+
+    def offer(self, number: int, chosen: Tensor) -> None:
+        """What the block would keep, if this step is accepted."""
+        if self._offered is None:  # the first block is as large as any
+            self._offered = chosen.new_empty(self._n_blocks, *chosen.shape)
+        self._offered[number, ..., : chosen.shape[-1]] = chosen
+
+    def accept(self) -> None:
+        """Keep what was offered."""
+        self._now, self._offered = self._offered, self._now
+
+
 class _Evidence:
     """Histogram of the log evidence over all ranks, and the threshold of a quantile in the next step."""
 
@@ -324,19 +347,19 @@ def run(
     masked = blocks[0].seen is not None
     guarded = cut is None and not model.exact
     evidence = _Evidence()
-    kept: list[Tensor | None] = [None] * len(blocks)
-    good: tuple[P, list[Tensor | None], Tensor] | None = None  # of the last step that did not lower the bound
+    kept = _Kept(len(blocks))
+    good: tuple[P, Tensor] | None = None  # of the last step that did not lower the bound
     share, settled, n_updates = 1.0, 0, 0
     target, statistics = params, torch.empty(0)
 
-    def sums_of(
-        number: int, step: int, T: float, params: P, kept: list[Tensor | None], chosen: list[Tensor | None]
-    ) -> Tensor:
-        """Sums over the points of a block; which states they had goes to `chosen`."""
+    def sums_of(number: int, step: int, T: float, params: P) -> Tensor:
+        """Sums over the points of a block."""
         points = blocks[number]
         own_seed = (seed * 1_000_003 + step * 7_919 + (first_block + number) * 104_729) % 2**63
-        before = kept[number] if T == 1 else None
-        states, joint, chosen[number] = selection.step(model, params, points, before, own_seed)
+        before = kept.get(number, len(points.y)) if T == 1 else None
+        states, joint, chosen = selection.step(model, params, points, before, own_seed)
+        if T == 1 and chosen is not None:
+            kept.offer(number, chosen)
         if T == 1:
             log_z, q = normalise(joint)
         else:
@@ -352,11 +375,10 @@ def run(
     with tqdm(total=max_iter, desc="EM steps", delay=SHOW_AFTER, disable=not (progress and comm.is_root)) as bar:
         for step in range(max_iter + 1):
             T = temperature(step)
-            chosen: list[Tensor | None] = [None] * len(blocks)
 
             cutting = T == 1 and evidence.threshold > -math.inf
             numbers = range(len(blocks))
-            total = comm.sum(*add_up(sums_of(number, step, T, params, kept, chosen) for number in numbers))
+            total = comm.sum(*add_up(sums_of(number, step, T, params) for number in numbers))
             n_points, statistics = float(total[0]), total[2 + evidence.size :]
             bound = float(total[2]) / n_points
             if not math.isfinite(bound):
@@ -373,14 +395,13 @@ def run(
                     if step == max_iter:
                         break
                     share /= 2
-                    kept = list(good[1])
                     params = model.towards(good[0], target, share)
                     continue
                 # No step from there leads up.
-                return Result(good[0], history, params_history, n_updates, True, good[2])
+                return Result(good[0], history, params_history, n_updates, True, good[1])
             if T == 1:
-                kept = chosen
-                good = params, list(chosen), statistics
+                kept.accept()
+                good = params, statistics
             still = T == 1 and history and abs(bound - history[-1]) <= tol * max(abs(bound), 1.0)
             history.append(bound)
             params_history.append(params if keep is None else keep(params))
@@ -397,7 +418,7 @@ def run(
             if between is not None:
                 params = between(params, step)
     if good is not None:
-        params, _, statistics = good
+        params, statistics = good
     if comm.is_root and not quiet:
         warnings.warn(
             f"not converged: max_iter={max_iter} steps done, the bound still moves. Raise max_iter or tol.",

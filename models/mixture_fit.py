@@ -169,9 +169,10 @@ def _draw(
     rows = (place * (n_points / wanted)).long().clamp(max=n_points - 1).numpy()
     rows = np.unique(rows)
     here = rows - blocks.first * blocks.size
-    here = here[(here >= 0) & (here < len(blocks.array))]
-    array, first = deal_points(np.asarray(blocks.array[here]), blocks.size, comm)
-    return replace(blocks, array=array, first=first), len(rows)
+    here = here[(here >= 0) & (here < blocks.n_points)]
+    drawn = [blocks.rows(slice(row, row + 1)) for row in here.tolist()]
+    array, tail, first = deal_points(np.concatenate([blocks.array[:0], *drawn]), blocks.size, comm)
+    return replace(blocks, array=array, tail=tail, first=first, kept={}), len(rows)
 
 
 class _Seeds:

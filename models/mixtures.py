@@ -96,10 +96,12 @@ class Mixture(SparseCoder, ABC):
     def _selection(self, n_candidates: int = 0, max_active: int = 0) -> Any:
         return OneOfAll(self.n_components)
 
-    def _blocks(self, array: npt.NDArray[Any], first: int, masked: bool) -> PointBlocks:
+    def _blocks(
+        self, array: npt.NDArray[Any], masked: bool, first: int = 0, tail: npt.NDArray[Any] | None = None
+    ) -> PointBlocks:
         device = resolve_device(self.device)
         size = block_size(self.n_components * array.shape[1], device)
-        return PointBlocks(array, size, first, masked, self._dtype(), device)
+        return PointBlocks(array, array[:0] if tail is None else tail, size, first, masked, self._dtype(), device)
 
     def _first(self, means: Tensor, summary: Summary) -> Any:
         """Parameters to begin with."""

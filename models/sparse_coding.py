@@ -129,19 +129,18 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
         array = as_points(Y, comm, self._check_values)
         single = b"yes" if array.dtype == np.float32 else b"no"
         self.dtype_ = np.dtype(np.float32 if set(comm.gather_bytes(single)) == {b"yes"} else np.float64)
-        array, first = deal_points(array, self._blocks(array, 0, False).size, comm)
-        summary = summarise(self._blocks(array, first, False), comm)
-        blocks = self._blocks(array, first, summary.masked)
+        array, tail, first = deal_points(array, self._blocks(array, False).size, comm)
+        summary = summarise(self._blocks(array, False, first, tail), comm)
+        blocks = self._blocks(array, summary.masked, first, tail)
         with threads_for(summary.n_points):
             result = self._learn(blocks, summary, comm)
             params, self._sums = self._standard(result.params), result.statistics
             if params is not result.params:  # sums for a later batch must be of the same scale
                 self._sums = sums_at(self._model(), params, blocks, self._selection(), comm).statistics
         self.n_features_in_, self._masked = array.shape[1], summary.masked
-        self.bound_history_, self.n_iter_ = result.bound_history, result.n_iter
-        self.converged_ = result.converged
-        seen = result.params_history
-        self.parameter_history_ = {name: torch.stack([x[name] for x in seen]).cpu().numpy() for name in seen[0]}
+        self.bound_history_, self.n_iter_, self.converged_ = result.bound_history, result.n_iter, result.converged
+        kept = result.params_history
+        self.parameter_history_ = {name: torch.stack([x[name] for x in kept]).cpu().numpy() for name in kept[0]}
         self._set(params)
         return self
 
@@ -172,7 +171,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError("Y: expected no missing entries, since the points before had none; got some")
         if len(array) == 0:
             raise ValueError("Y: expected at least one point, got none")
-        model, blocks = self._model(), self._blocks(array, 0, self._masked)
+        model, blocks = self._model(), self._blocks(array, self._masked)
         with threads_for(len(array)):
             found = sums_at(model, self._params, blocks, self._selection(), Serial())
             self._sums = self._sums + found.statistics
@@ -421,10 +420,12 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype_ == np.float32 else torch.float64
 
-    def _blocks(self, array: npt.NDArray[Any], first: int, masked: bool) -> PointBlocks:
-        device = resolve_device(self.device)
-        size = block_size(max(self._selection().states_per_point, array.shape[1]), device)
-        return PointBlocks(array, size, first, masked, self._dtype(), device)
+    def _blocks(
+        self, array: npt.NDArray[Any], masked: bool, first: int = 0, tail: npt.NDArray[Any] | None = None
+    ) -> PointBlocks:
+        width, device = max(self._selection().states_per_point, array.shape[1]), resolve_device(self.device)
+        tail = array[:0] if tail is None else tail
+        return PointBlocks(array, tail, block_size(width, device), first, masked, self._dtype(), device)
 
     def _array_like_fitted(self, Y: Any) -> npt.NDArray[Any]:
         check_is_fitted(self, "components_")
@@ -443,7 +444,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _each(self, Y: Any, what: Callable[[Posterior], Tensor]) -> FloatArray:
         """What is asked of the posterior of each point, block by block."""
         array = self._array_like_fitted(Y)
-        blocks = self._blocks(array, 0, any_missing(array))
+        blocks = self._blocks(array, any_missing(array))
         with torch.no_grad(), threads_for(len(array)):
             parts = [what(self._posterior(blocks[number])).cpu() for number in range(len(blocks))]
         return torch.cat(parts).numpy()

@@ -101,7 +101,7 @@ def test_all_results_equal_loops_over_the_states(name: str, states: str, missing
     model = fit(coder(name, states=states), data(name, missing=missing))
     this, Y = twin(name, model), data(name, 7, 5, missing)
     Y[-1] = np.nan if missing else 0.0
-    some = next(iter(model._blocks(Y, 0, bool(missing))))
+    some = next(iter(model._blocks(Y, bool(missing))))
     posterior = model._posterior(some)
     of_each = listed(posterior.states, 7)
     joint = np.array(ref.log_joints(this.log_joint, Y, of_each)).T

@@ -1,7 +1,10 @@
 """Sparse coding on points dealt to several ranks, against the same fit on one."""
 
+import shutil
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +70,20 @@ def check_seeds(comm: Comm) -> None:
             np.testing.assert_allclose(model.transform(Y), alone.transform(Y), rtol=1e-10, atol=1e-10)
 
 
+def check_disk(comm: Comm) -> None:
+    """An array on disk stays there: only rows of blocks that another rank began move."""
+    folder = tempfile.mkdtemp() if comm.is_root else ""
+    path = Path(comm.gather_bytes(folder.encode())[0].decode()) / "points.npy"
+    if comm.is_root:
+        np.save(path, points(1800))
+    comm.barrier()
+    check(BSC, {"renewals": 2}, comm, np.load(path, mmap_mode="r"))
+    check(GSC, {"renewals": 0}, comm, np.load(path, mmap_mode="r")[:700])
+    comm.barrier()
+    if comm.is_root:
+        shutil.rmtree(folder)
+
+
 def check_refusal(comm: Comm) -> None:
     Y = points(60)
     last = comm.rank == comm.size - 1
@@ -105,6 +122,7 @@ def main() -> None:
             sparse_coding.SAMPLE, sparse_coding.SAMPLE_A_COMPONENT = 600, 0
             check(BSC, {"renewals": 6}, comm, points(6000))
             check(BSC, {"states": "evolved", "renewals": 0, "max_iter": 1}, comm, points(1800))
+            check_disk(comm)
         else:
             for cls, more in CODERS:
                 check(cls, more | {"renewals": 1}, comm, points(3))
