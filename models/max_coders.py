@@ -11,6 +11,8 @@ from probtensor.resources import RandomState
 
 __all__ = ["MCA", "MMCA"]
 
+MAX_CANDIDATES = 12  # their sets, 2^12, are columns of a table with a row for each state
+
 
 @final
 class MCA(SparseCoder):
@@ -92,6 +94,10 @@ class MCA(SparseCoder):
         self.device = device
         self.random_state = random_state
         self.progress = progress
+
+    def _check(self) -> None:
+        super()._check()
+        check_sets(self)
 
     def _model(self) -> MaxCoding:
         return MaxCoding(signed=False)
@@ -191,6 +197,10 @@ class MMCA(SparseCoder):
         self.random_state = random_state
         self.progress = progress
 
+    def _check(self) -> None:
+        super()._check()
+        check_sets(self)
+
     def _model(self) -> MaxCoding:
         return MaxCoding(signed=True)
 
@@ -205,6 +215,16 @@ class MMCA(SparseCoder):
 
     def _decode(self, codes: FloatArray) -> FloatArray:
         return strongest(codes, self.components_)
+
+
+def check_sets(coder: SparseCoder) -> None:
+    """Raise ValueError where the sets of candidates are too many."""
+    if coder.states == "selected" and min(coder.n_candidates, coder.n_components) > MAX_CANDIDATES:
+        raise ValueError(f"n_candidates: expected at most {MAX_CANDIDATES}, got {coder.n_candidates}")
+    if coder.states == "all" and coder.n_components > MAX_CANDIDATES:
+        raise ValueError(
+            f'states: expected "selected" or "evolved" for more than {MAX_CANDIDATES} components, got "all"'
+        )
 
 
 def strongest(codes: FloatArray, components: FloatArray) -> FloatArray:

@@ -455,3 +455,11 @@ def test_tensors_helper_is_what_the_estimator_holds() -> None:
         model = fit(coder(name), data(name))
         for found, right in zip(tensors(name, twin(name, model).twin), model._params, strict=True):
             torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mca", "mmca"])
+def test_more_sets_of_candidates_than_fit_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="n_candidates: expected at most 12, got 13"):
+        coder(name, n_components=20, n_candidates=13).fit(data(name))
+    with pytest.raises(ValueError, match='states: expected "selected" or "evolved" for more than 12 components'):
+        coder(name, n_components=13, states="all").fit(data(name))
