@@ -236,7 +236,7 @@ def plot_reconstruction(
         words, seen = [name], ~np.isnan(image)
         if not seen.all():
             words.append(f"{100 * np.mean(~seen):.0f} % missing")
-        if truth is not None and name != "truth" and seen.any():
+        if truth is not None and name != "truth" and not np.array_equal(image[seen], pixels["truth"][seen]):
             words.append(f"{psnr(image[seen], pixels['truth'][seen], peak):.1f} dB")
         bare(ax, ", ".join(words))
     return panels

@@ -127,7 +127,7 @@ def test_missing_pixels_stand_out():
     bad = panels[0].images[0].get_cmap().get_bad()
     np.testing.assert_allclose(bad, matplotlib.colors.to_rgba(COLOURS[4]))
     panels = plot_reconstruction(before, np.ones((2, 2)), np.ones((2, 2)), peak=1.0)
-    assert panels[0].get_title(loc="left") == "before, 75 % missing, inf dB"
+    assert panels[0].get_title(loc="left") == "before, 75 % missing"
 
 
 def test_matplotlib_settings_stay_as_they_were():
