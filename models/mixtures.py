@@ -93,7 +93,7 @@ class Mixture(SparseCoder, ABC):
         if not (is_number(self.tol) and self.tol >= 0):
             raise ValueError(f"tol: expected a number of at least 0, got {self.tol!r}")
 
-    def _selection(self, n_candidates: int = 0, max_active: int = 0) -> Any:
+    def _selection(self, search: bool = False) -> Any:
         return OneOfAll(self.n_components)
 
     def _blocks(

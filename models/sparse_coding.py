@@ -38,8 +38,7 @@ __all__ = ["SparseCoder"]
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
-SAMPLE = 1000  # points, and this many a component more, for annealing and renewals
-SAMPLE_A_COMPONENT = 20
+SAMPLE, SAMPLE_A_COMPONENT = 1000, 20  # points, and this many a component more, for annealing and renewals
 SEARCH_CANDIDATES, SEARCH_ACTIVE = 6, 3  # in annealing and renewals
 MAX_EVERY = 2**16  # states that full enumeration takes at most
 
@@ -139,8 +138,8 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
                 self._sums = sums_at(self._model(), params, blocks, self._selection(), comm).statistics
         self.n_features_in_, self._masked = array.shape[1], summary.masked
         self.bound_history_, self.n_iter_, self.converged_ = result.bound_history, result.n_iter, result.converged
-        kept = result.params_history
-        self.parameter_history_ = {name: torch.stack([x[name] for x in kept]).cpu().numpy() for name in kept[0]}
+        steps = {name: [x[name] for x in result.params_history] for name in result.params_history[0]}
+        self.parameter_history_ = {name: torch.stack(values).cpu().numpy() for name, values in steps.items()}
         self._set(params)
         return self
 
@@ -171,11 +170,11 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             raise ValueError("Y: expected no missing entries, since the points before had none; got some")
         if len(array) == 0:
             raise ValueError("Y: expected at least one point, got none")
-        model, blocks = self._model(), self._blocks(array, self._masked)
         with threads_for(len(array)):
-            found = sums_at(model, self._params, blocks, self._selection(), Serial())
+            blocks = self._blocks(array, self._masked)
+            found = sums_at(self._model(), self._params, blocks, self._selection(), Serial())
             self._sums = self._sums + found.statistics
-            self._set(model.update(self._params, self._sums, self._masked))
+            self._set(self._model().update(self._params, self._sums, self._masked))
         self.bound_history_ = [*self.bound_history_, found.bound_history[-1]]
         return self
 
@@ -369,7 +368,7 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             self._model(),
             blocks,
             summary,
-            (self._selection(SEARCH_CANDIDATES, SEARCH_ACTIVE), self._selection()),
+            (self._selection(search=True), self._selection()),
             schedule,
             n_components=H,
             comm=comm,
@@ -405,17 +404,18 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _max_active(self) -> int:
         return min(self.max_active, self._candidates() if self.states == "selected" else self.n_components)
 
-    def _selection(self, n_candidates: int = MAX_EVERY, max_active: int = MAX_EVERY) -> Selection:
-        """Which states points have; with fewer candidates and components in use, if need be."""
+    def _selection(self, search: bool = False) -> Selection:
+        """Which states points have; in the search for a good dictionary only few."""
         H, values = self.n_components, self._values()
         like = torch.zeros((), dtype=self._dtype(), device=resolve_device(self.device))
-        if self.states == "all":
+        n_candidates, n_active = self._candidates() if self.states == "selected" else H, self._max_active()
+        if search:
+            n_candidates, n_active = min(n_candidates, SEARCH_CANDIDATES), min(n_active, SEARCH_ACTIVE)
+        elif self.states == "all":
             return Everything(every_state(H, values, like))
-        if self.states == "evolved":
-            return Evolution(self.n_states, self._max_active(), H, values)
-        n_candidates = min(n_candidates, self._candidates())
-        max_active = min(max_active, self._max_active(), n_candidates)
-        return Preselection(few_active(n_candidates, max_active, values, like), H)
+        elif self.states == "evolved":
+            return Evolution(self.n_states, n_active, H, values)
+        return Preselection(few_active(n_candidates, min(n_active, n_candidates), values, like), H)
 
     def _dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype_ == np.float32 else torch.float64
