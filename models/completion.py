@@ -40,10 +40,10 @@ class NeuralTensorCompletion(TensorRegressor):
     """Completion of a tensor by effects of labels and their combinations, factors, and ensembles of networks.
 
     Candidates from plain to rich are fitted side by side: effects of labels, pairs and triples of labels, shrunk in
-    closed form; effects and factors; effects, factors and a network that has the effects among its inputs; and a network
-    with biases and factors of its own. Each kind is an ensemble whose members leave out a part of the rows each, and stop
-    by it. Predictions of rows by members that have not seen them choose the candidates' weights and the width of
-    intervals. So one setting serves tables in which labels add up, and others in which they interact.
+    closed form; effects and factors; effects, factors and a network that has the effects among its inputs; and a
+    network with biases and factors of its own. Each kind is an ensemble whose members leave out a part of the rows
+    each, and stop by it. Predictions of rows by members that have not seen them choose the candidates' weights and the
+    width of intervals. So one setting serves tables in which labels add up, and others in which they interact.
 
     Parameters
     ----------
@@ -52,8 +52,9 @@ class NeuralTensorCompletion(TensorRegressor):
     head : {"mlp", "costco", None}, default "mlp"
         Network over the modes' embeddings: a perceptron, CoSTCo's convolutions, or none.
     axes : sequence of Axis, optional
-        What the modes mean. Default: by column, floats and dates continuous, all else categorical. Continuous modes have
-        up to 64 bins as labels, and smooth features of the coordinate as inputs of the network; kernels are not used.
+        What the modes mean. Default: by column, floats and dates continuous, all else categorical. Continuous modes
+        have up to 64 bins as labels, and smooth features of the coordinate as inputs of the network; kernels are not
+        used.
     biases : bool, default True
         Whether there are effects of labels in closed form, beside those that networks learn.
     interactions : bool, default True
@@ -96,8 +97,8 @@ class NeuralTensorCompletion(TensorRegressor):
 
     Notes
     -----
-    A label that was not seen has no effects and the mean of the others' factors and embeddings; intervals are then wider
-    by the spread of the mode's effects. Fits on several ranks, checkpoints and ``noise_std`` are not supported.
+    A label that was not seen has no effects and the mean of the others' factors and embeddings; intervals are then
+    wider by the spread of the mode's effects. Fits on several ranks, checkpoints and ``noise_std`` are not supported.
 
     References
     ----------

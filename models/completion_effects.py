@@ -2,8 +2,8 @@
 
 A value is the sum of one effect for each subset ``S`` of modes: ``y = sum_S b_S[cell of S] + e``, where a cell of ``S``
 is a combination of labels of its modes. Effects are ``N(0, sigma^2 / strength_S)`` and the noise ``e`` is
-``N(0, sigma^2)``: a cell of weight ``n`` keeps ``n / (n + strength_S)`` of its deviation, and one that was never seen has
-none and falls back on the smaller subsets. Strengths are chosen on rows held out; an infinite one drops the subset.
+``N(0, sigma^2)``: a cell of weight ``n`` keeps ``n / (n + strength_S)`` of its deviation, and one that was never seen
+has none and falls back on the smaller subsets. Strengths are chosen on rows held out; an infinite one drops the subset.
 
 References
 ----------

@@ -1,10 +1,13 @@
 """Networks over the labels of a tensor's modes, many members at once: every parameter has the members first.
 
-A member predicts ``sum_k b_k[i_k] + sum_r (prod_k (1 + c_k[i_k, r]) - 1 - sum_k c_k[i_k, r]) + head(e_1[i_1], ..., e_K[i_K])``
+A member predicts
+
+    ``sum_k b_k[i_k] + sum_r g_r (prod_k (1 + c_k[i_k, r]) - 1 - sum_k c_k[i_k, r]) + head(e_1[i_1], ..., e_K[i_K])``
+
 on top of an offset: effects of labels, interactions of rank ``R`` between any number of modes (with two modes this is
-plain matrix factorization), and a network of embeddings. Parameters start small, so that a member starts at the offset.
-One optimiser trains all members, each on rows of its own and with its own weight decay; nothing couples them, so they
-are what a loop over members would give.
+plain matrix factorization), and a network of embeddings. Biases, gates ``g`` and the network's last layer start at
+zero, so that a member starts at the offset. One optimiser trains all members, each on rows of its own and with its
+own weight decay; nothing couples them, so they are what a loop over members would give.
 
 References
 ----------
@@ -15,6 +18,7 @@ Decay Regularization", ICLR.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -87,7 +91,7 @@ def initial(kind: Kind, n_members: int, generator: torch.Generator, dtype: torch
             normal(0.0, 1, channels),
         )
         widths[0] = channels * kind.width + kind.n_features
-    for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
         parameters[f"weight{layer}"] = normal(math.sqrt(2 / fan_in), fan_in, fan_out)
         parameters[f"shift{layer}"] = normal(0.0, 1, fan_out)
     parameters["out"] = normal(0.0, widths[-1], 1)
