@@ -215,7 +215,8 @@ class NeuralTensorCompletion(TensorRegressor):
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
         if self.head not in HEADS:
             raise ValueError(f'head: expected "mlp", "costco" or None, got {self.head!r}')
-        hidden = [] if isinstance(self.hidden, str) or not np.iterable(self.hidden) else list(self.hidden)
+        layers: Any = self.hidden
+        hidden: list[Any] = list(layers) if np.iterable(layers) else []
         if not hidden or not all(is_integer(width) and width >= 1 for width in hidden):
             raise ValueError(f"hidden: expected integers of at least 1, one a layer, got {self.hidden!r}")
         given = self.weight_decay

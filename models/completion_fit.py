@@ -182,7 +182,7 @@ def fit_completion(
     share = weight[rows] / weight[rows].sum()
     noise = float(share @ residual**2 / (1 + share @ spread[rows]))
     noise = max(float(share @ values[rows] ** 2) if small else noise, LEAST_VARIANCE)
-    totals = [np.bincount(part.code, weight, len(part.known)) for part in cells]
+    totals = [np.bincount(part.code, weight, len(part.known)).astype(np.float64) for part in cells]
     known = [part.known for part in cells]
     effects = Effects(tuple(subsets[s] for s in live), tuple(sizes), known, found, totals, tuple(strengths), noise)
     mixture = ScaleMixture(1.0, torch.ones(1).double(), torch.ones(1).double())

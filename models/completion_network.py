@@ -284,8 +284,10 @@ def validation_loss(kind: Kind, parameters: Parameters, rows: Rows, test_rows: T
     M = len(at)
     square, total = rows.target.new_zeros(M), rows.target.new_zeros(M)
     step = max(CHUNK // (M * 512), 1)
-    for part, valid in zip(at.split(step, dim=1), (test_rows >= 0).split(step, dim=1), strict=True):
-        labels, features, target, weight = rows.take(part)
+    for first in range(0, at.shape[1], step):
+        part = slice(first, first + step)
+        valid = test_rows[:, part] >= 0
+        labels, features, target, weight = rows.take(at[:, part])
         off = target - forward(kind, parameters, places(kind, labels, M), features)
         weight = weight * valid
         square, total = square + (weight * off**2).sum(dim=1), total + weight.sum(dim=1)
@@ -304,16 +306,15 @@ def fill_unknown(kind: Kind, parameters: Parameters, seen: Tensor) -> Parameters
         Rows in a member's tables whose label it was trained on.
     """
     filled = dict(parameters)
-    for name in ("bias", "factor", "embedding"):
-        if name not in parameters:
-            continue
-        parts = parameters[name].split([size + 1 for size in kind.sizes], dim=1)
-        known = seen[:, :, None].to(parameters[name].dtype).split([size + 1 for size in kind.sizes], dim=1)
-        means = [
-            (p * k).sum(dim=1, keepdim=True) / k.sum(dim=1, keepdim=True).clamp(min=1)
-            for p, k in zip(parts, known, strict=True)
-        ]
-        filled[name] = torch.cat(
-            [torch.where(k > 0, p, mean) for p, k, mean in zip(parts, known, means, strict=True)], 1
-        )
+    tables, first = [name for name in ("bias", "factor", "embedding") if name in parameters], 0
+    for name in tables:
+        filled[name] = parameters[name].clone()
+    for size in kind.sizes:
+        mode = slice(first, first + size + 1)
+        known = seen[:, mode, None]
+        for name in tables:
+            table = parameters[name][:, mode]
+            mean = (table * known).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
+            filled[name][:, mode] = torch.where(known, table, mean)
+        first += size + 1
     return filled
