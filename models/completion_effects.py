@@ -1,0 +1,202 @@
+"""Effects of single labels, pairs of labels and so on: ridge regression in closed form, by sweeps.
+
+A value is the sum of one effect for each subset ``S`` of modes: ``y = sum_S b_S[cell of S] + e``, where a cell of ``S``
+is a combination of labels of its modes. Effects are ``N(0, sigma^2 / strength_S)`` and the noise ``e`` is
+``N(0, sigma^2)``: a cell of weight ``n`` keeps ``n / (n + strength_S)`` of its deviation, and one that was never seen
+has none and falls back on the smaller subsets. Strengths are chosen on rows held out; an infinite one drops the subset.
+
+References
+----------
+Hastie, Tibshirani (1990), "Generalized Additive Models", chapter 5, for backfitting. Searle, Casella, McCulloch (1992),
+"Variance Components", for shrinkage in crossed classifications.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Effects", "choose_strengths", "fit_effects", "number_cells", "start_strengths", "subsets_of"]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+MAX_ORDER = 3  # modes in a subset at most, where there are few modes
+MANY_MODES = 5  # with more, pairs at most: the number of subsets grows with the order's power
+START = {1: 3.0, 2: 10.0, 3: 10.0}  # strengths that the search starts from, by the number of modes
+STEP = 3.0  # factor between strengths that are tried
+SWEEPS, TRIAL_SWEEPS, PASSES = 20, 3, 4
+TOO_STRONG = 1e4  # such effects are none
+
+
+class Cells(NamedTuple):
+    """Cells of one subset: sorted numbers of those with a row (C,), and where each row is among them (n,)."""
+
+    known: IntArray
+    code: IntArray
+
+
+class Effects(NamedTuple):
+    """Fitted effects.
+
+    Attributes
+    ----------
+    subsets : tuple of tuple of int
+        Modes of each subset.
+    sizes : tuple of int
+        Labels of each mode.
+    known : list of ndarray, shape (C_S,), int64
+        Sorted numbers of the cells that have an effect.
+    effects, weights : list of ndarray, shape (C_S,)
+        Effects, and the summed weights of the rows they are made of.
+    strengths : tuple of float
+        Finite.
+    noise_variance : float
+        ``sigma^2``.
+    """
+
+    subsets: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    known: list[IntArray]
+    effects: list[FloatArray]
+    weights: list[FloatArray]
+    strengths: tuple[float, ...]
+    noise_variance: float
+
+    def pieces(self, positions: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Each effect (n, S) at positions (n, K), -1 for an unknown label, and the variance (n,) of their sum."""
+        found, variance = np.zeros((len(positions), len(self.subsets))), np.zeros(len(positions))
+        for s, (subset, known, strength) in enumerate(zip(self.subsets, self.known, self.strengths, strict=True)):
+            number = _numbers(positions, subset, self.sizes)
+            at = np.searchsorted(known, number).clip(max=len(known) - 1)
+            seen = known[at] == number
+            found[:, s] = np.where(seen, self.effects[s][at], 0.0)
+            variance += self.noise_variance / (np.where(seen, self.weights[s][at], 0.0) + strength)
+        return found, variance
+
+
+def subsets_of(n_modes: int) -> tuple[tuple[int, ...], ...]:
+    """Subsets of modes that get effects, single modes first; all modes together are left to the noise.
+
+    Examples
+    --------
+    >>> subsets_of(3)
+    ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2))
+    >>> len(subsets_of(4)), len(subsets_of(5)), len(subsets_of(6))
+    (14, 25, 21)
+    """
+    order = min(n_modes - 1, MAX_ORDER if n_modes <= MANY_MODES else 2)
+    orders = range(1, max(order, 1) + 1)
+    return tuple(subset for size in orders for subset in combinations(range(n_modes), size))
+
+
+def number_cells(positions: IntArray, subset: Sequence[int], sizes: Sequence[int]) -> Cells:
+    """The cells of a subset that rows at positions (n, K) are in."""
+    known, code = np.unique(_numbers(positions, subset, sizes), return_inverse=True)
+    return Cells(known, code.ravel().astype(np.int64))
+
+
+def sweep(
+    cells: Sequence[Cells], effects: list[FloatArray], residual: FloatArray, weight: FloatArray, strengths: Any, n: int
+) -> tuple[list[FloatArray], FloatArray]:
+    """Effects after n sweeps of backfitting, and what they leave of the values, (n_rows,).
+
+    Parameters
+    ----------
+    cells : sequence of Cells
+        One a subset.
+    effects : list of ndarray, shape (C_S,)
+        To start from.
+    residual : ndarray, shape (n_rows,)
+        Values less these effects.
+    weight : ndarray, shape (n_rows,)
+        Zero for rows held out.
+    strengths : sequence of float
+    n : int
+    """
+    effects, residual = list(effects), residual.copy()
+    totals = [np.bincount(part.code, weight, len(part.known)) for part in cells]
+    for _ in range(n):
+        moved = 0.0
+        for s, (part, strength) in enumerate(zip(cells, strengths, strict=True)):
+            if math.isinf(strength):
+                if effects[s].any():
+                    residual += effects[s][part.code]
+                    effects[s] = np.zeros_like(effects[s])
+                continue
+            pull = np.bincount(part.code, weight * residual, len(part.known)) - strength * effects[s]
+            step = pull / (totals[s] + strength)
+            effects[s] = effects[s] + step
+            residual -= step[part.code]
+            moved = max(moved, float(np.abs(step).max(initial=0.0)))
+        if moved < 1e-5:
+            break
+    return effects, residual
+
+
+def start_strengths(subsets: Sequence[tuple[int, ...]]) -> list[float]:
+    """Strengths that are believed before anything is known."""
+    return [START[len(subset)] for subset in subsets]
+
+
+def choose_strengths(
+    cells: Sequence[Cells],
+    subsets: Sequence[tuple[int, ...]],
+    values: FloatArray,
+    weight: FloatArray,
+    held_out: npt.NDArray[np.bool_],
+) -> list[float]:
+    """Strengths of least squared error on rows held out, by one after the other, up, down or out.
+
+    Parameters
+    ----------
+    cells : sequence of Cells
+        One a subset.
+    subsets : sequence of tuple of int
+    values, weight : ndarray, shape (n,)
+    held_out : ndarray, shape (n,), bool
+
+    Returns
+    -------
+    list of float
+        Infinite where a subset does not help.
+    """
+    train, test = np.where(held_out, 0.0, weight), np.where(held_out, weight, 0.0)
+    strengths = start = start_strengths(subsets)
+    effects, residual = [np.zeros(len(part.known)) for part in cells], values
+    effects, residual = sweep(cells, effects, residual, train, strengths, SWEEPS)
+    best = float(test @ residual**2)
+    for _ in range(PASSES):
+        before = best
+        for s in reversed(range(len(cells))):
+            now = strengths[s]
+            tried = [start[s]] if math.isinf(now) else [now * STEP, now / STEP, math.inf]
+            for strength in tried:
+                trial = [*strengths[:s], strength, *strengths[s + 1 :]]
+                found = sweep(cells, effects, residual, train, trial, TRIAL_SWEEPS)
+                loss = float(test @ found[1] ** 2)
+                if loss < best * (1 - 1e-5):
+                    best, strengths, (effects, residual) = loss, trial, found
+        if best > before * (1 - 1e-3):
+            break
+    return [math.inf if strength > TOO_STRONG else strength for strength in strengths]
+
+
+def fit_effects(
+    cells: Sequence[Cells], values: FloatArray, weight: FloatArray, strengths: Sequence[float]
+) -> tuple[list[FloatArray], FloatArray]:
+    """Effects of each subset, and their sum at each row, held out or not, (n,)."""
+    start = [np.zeros(len(part.known)) for part in cells]
+    effects, residual = sweep(cells, start, values, weight, strengths, SWEEPS)
+    return effects, values - residual
+
+
+def _numbers(positions: IntArray, subset: Sequence[int], sizes: Sequence[int]) -> IntArray:
+    """Number (n,) of the cell of each row; -1 where a label of the subset is unknown."""
+    number = np.zeros(len(positions), dtype=np.int64)
+    for mode in subset:
+        number = number * sizes[mode] + positions[:, mode]
+    return np.where((positions[:, list(subset)] < 0).any(axis=1), -1, number)

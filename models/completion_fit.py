@@ -1,0 +1,312 @@
+"""How neural tensor completion is fitted: effects, networks on top of them, and weights between the two kinds.
+
+Rows are dealt to folds. A member of an ensemble is trained on all folds but its own, which decides when it stops;
+predictions of rows by members that have not seen them choose the weights of the kinds and the width of intervals.
+
+A network on top of effects is trained on what effects leave of rows that these effects have not seen: effects of a
+row's own value would leave too little. So training rows are predicted by effects of the other rows, and neither holds
+a row of the member's own fold: what a member learns would otherwise know the held-out values, with the sign reversed.
+
+References
+----------
+Wolpert (1992), "Stacked generalization", Neural Networks 5. Breiman (1996), "Stacked regressions", Machine Learning
+24, for weights that are not negative.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import nnls
+from torch import Tensor
+
+from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture, with_tail
+from probtensor.models.completion_effects import (
+    Effects,
+    choose_strengths,
+    fit_effects,
+    number_cells,
+    start_strengths,
+    subsets_of,
+)
+from probtensor.models.completion_network import Kind, Parameters, Rows, fill_unknown, initial, predict, train
+
+__all__ = ["Fitted", "Group", "Settings", "fit_completion", "moments"]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+N_FOLDS = 5  # where there are not more members
+MIN_ROWS = 30  # fewer are left to the effects
+LEAST_VARIANCE = 1e-12  # of the noise of standardised values
+
+
+class Settings(NamedTuple):
+    """Parameters of `NeuralTensorCompletion` that a fit needs; see there."""
+
+    biases: bool
+    interactions: bool
+    rank: int
+    head: str | None
+    width: int
+    hidden: tuple[int, ...]
+    weight_decay: tuple[float, ...]
+    n_members: int
+    learning_rate: float
+    batch_size: int
+    max_epochs: int
+    patience: int
+
+
+class Group(NamedTuple):
+    """Members of one kind: those of the first weight decay, one a fold, then those of the next.
+
+    Attributes
+    ----------
+    name : str
+    kind : Kind
+    on_effects : bool
+        Whether they add to the effects; the head then has each effect among its inputs.
+    parameters : dict of str to Tensor, members first
+    best_epoch : tuple of int
+    """
+
+    name: str
+    kind: Kind
+    on_effects: bool
+    parameters: Parameters
+    best_epoch: tuple[int, ...]
+
+
+class Fitted(NamedTuple):
+    """Everything that predicts standardised values.
+
+    Attributes
+    ----------
+    effects : Effects
+        Of all rows; without biases, for the width of intervals only.
+    groups : list of Group
+    weights : ndarray, shape (C,)
+        Of the effects if there are biases, then of each group's weight decays; they sum to one.
+    mixture : ScaleMixture
+    n_members : int
+    """
+
+    effects: Effects
+    groups: list[Group]
+    weights: FloatArray
+    mixture: ScaleMixture
+    n_members: int
+
+
+def fit_completion(
+    labels: IntArray,
+    sizes: Sequence[int],
+    smooth: FloatArray,
+    values: FloatArray,
+    weight: FloatArray,
+    settings: Settings,
+    generator: torch.Generator,
+    device: torch.device,
+    report: Callable[[str, int, float], None],
+) -> Fitted:
+    """Fit to standardised values.
+
+    Parameters
+    ----------
+    labels : ndarray, shape (n, K), int64
+    sizes : sequence of int
+        Labels of each mode.
+    smooth : ndarray, shape (n, q)
+        Smooth features of continuous modes.
+    values, weight : ndarray, shape (n,)
+    settings : Settings
+    generator : torch.Generator
+        On the CPU.
+    device : torch.device
+        Of the networks.
+    report : callable
+        Called with a group's name, the epoch and the members' mean loss.
+    """
+    n, F, M = len(values), max(settings.n_members, N_FOLDS), settings.n_members
+    subsets = subsets_of(len(sizes)) if settings.biases and settings.interactions else subsets_of(2)[:0]
+    subsets = subsets or tuple((mode,) for mode in range(len(sizes)))
+    cells = [number_cells(labels, subset, sizes) for subset in subsets]
+    small = n < MIN_ROWS
+    fold = torch.randperm(n, generator=generator).numpy() % F
+    strengths = start_strengths(subsets) if small else choose_strengths(cells, subsets, values, weight, fold == 0)
+    live = [s for s, strength in enumerate(strengths) if math.isfinite(strength)]
+    cells, strengths = [cells[s] for s in live], [strengths[s] for s in live]
+
+    def parts(held_out: npt.NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
+        """Each effect (rows held out, S) of the other rows, and their variance in multiples of the noise's."""
+        left = np.where(held_out, 0.0, weight)
+        found, _ = fit_effects(cells, values, left, strengths)
+        pieces, variance = np.zeros((int(held_out.sum()), len(cells))), np.zeros(int(held_out.sum()))
+        for s, (part, strength) in enumerate(zip(cells, strengths, strict=True)):
+            code = part.code[held_out]
+            pieces[:, s] = found[s][code]
+            variance += 1 / (np.bincount(part.code, left, len(part.known))[code] + strength)
+        return pieces, variance
+
+    out = np.zeros(n, dtype=bool) if small else fold < M  # rows that some member has not seen
+    pieces, spread = np.zeros((M, n, len(cells)), dtype=np.float32), np.zeros(n)
+    plain = np.zeros(n)
+    inner = torch.randperm(n, generator=generator).numpy() % N_FOLDS
+    for m in range(0 if small else M):
+        own = fold == m
+        pieces[m, own], spread[own] = parts(own)
+        plain[own] = pieces[m, own].sum(axis=1)
+        for g in range(N_FOLDS if settings.biases else 0):
+            held_out = own | (inner == g)
+            pieces[m, held_out & ~own] = parts(held_out)[0][~own[held_out]]
+    candidates = [plain] if settings.biases else []
+    groups = []
+    if not small:
+        where = fold, pieces, smooth, labels, values, weight
+        for name, on_effects, rank, head in _kinds(settings, len(sizes)):
+            n_features = (len(cells) if on_effects and head else 0) + (smooth.shape[1] if head else 0)
+            kind = Kind(tuple(sizes), rank, head, settings.width, settings.hidden, n_features)
+            group, found = _train(name, kind, on_effects, where, settings, generator, device, report)
+            groups.append(group)
+            candidates += found
+    elif not candidates:
+        candidates = [plain]
+    weights, stacked = _stack(candidates, values, weight, out)
+    found, fitted = fit_effects(cells, values, weight, strengths)
+    rows = np.ones(n, dtype=bool) if small else out
+    residual = (values - (fitted if small else plain))[rows]
+    share = weight[rows] / weight[rows].sum()
+    noise = float(share @ residual**2 / (1 + share @ spread[rows]))
+    noise = max(float(share @ values[rows] ** 2) if small else noise, LEAST_VARIANCE)
+    totals = [np.bincount(part.code, weight, len(part.known)).astype(np.float64) for part in cells]
+    known = [part.known for part in cells]
+    effects = Effects(tuple(subsets[s] for s in live), tuple(sizes), known, found, totals, tuple(strengths), noise)
+    mixture = ScaleMixture(1.0, torch.ones(1).double(), torch.ones(1).double())
+    if not small:
+        mixture = _calibrate((values - stacked)[out], noise * spread[out], noise)
+    return Fitted(effects, groups, weights, mixture, M)
+
+
+def moments(fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool) -> tuple[FloatArray, FloatArray]:
+    """Mean of standardised values at labels (n, K), -1 for unknown ones, and variance of the noise-free entries."""
+    pieces, variance = fitted.effects.pieces(labels)
+    plain = pieces.sum(axis=1)
+    candidates = [plain] if biases or not fitted.groups else []
+    for group in fitted.groups:
+        device = group.parameters["bias"].device
+        features = _features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
+        added = predict(group.kind, group.parameters, torch.from_numpy(labels).to(device), features)
+        means = added.double().cpu().numpy().reshape(-1, fitted.n_members, len(labels)).mean(axis=1)
+        candidates += [mean + plain if group.on_effects else mean for mean in means]
+    return fitted.weights @ np.stack(candidates), variance
+
+
+def _kinds(settings: Settings, n_modes: int) -> list[tuple[str, bool, int, str | None]]:
+    """Name, whether on effects, rank and head of each kind of member."""
+    rank = settings.rank if n_modes > 1 else 0
+    kinds: list[tuple[str, bool, int, str | None]] = []
+    if settings.biases and rank:
+        kinds.append(("effects + factors", True, rank, None))
+    if settings.biases and settings.head is not None:
+        kinds.append(("effects + network", True, rank, settings.head))
+    if settings.head is not None or not settings.biases or rank:
+        kinds.append(("network" if settings.head is not None else "factors", False, rank, settings.head))
+    return kinds
+
+
+def _features(
+    kind: Kind, on_effects: bool, pieces: npt.NDArray[np.float32], smooth: FloatArray, device: torch.device
+) -> Tensor | None:
+    """Inputs of the head (F, n, n_features): effects, smooth features."""
+    if not kind.n_features:
+        return None
+    parts = [pieces] if on_effects else []
+    if smooth.shape[1]:
+        parts.append(np.broadcast_to(smooth.astype(np.float32), (len(pieces), *smooth.shape)))
+    return torch.from_numpy(np.concatenate(parts, axis=2)).to(device)
+
+
+def _train(
+    name: str,
+    kind: Kind,
+    on_effects: bool,
+    where: tuple[IntArray, npt.NDArray[np.float32], FloatArray, IntArray, FloatArray, FloatArray],
+    settings: Settings,
+    generator: torch.Generator,
+    device: torch.device,
+    report: Callable[[str, int, float], None],
+) -> tuple[Group, list[FloatArray]]:
+    """Members of one kind, and what those of each weight decay predict of the rows that they have not seen, (n,)."""
+    fold, pieces, smooth, labels, values, weight = where
+    M, n, decays = settings.n_members, len(values), settings.weight_decay
+    offset = pieces.sum(axis=2, dtype=np.float64) if on_effects else np.zeros((M, n))
+    features = _features(kind, on_effects, pieces, smooth, device)
+    rows = Rows(
+        torch.from_numpy(labels).to(device),
+        features,
+        torch.from_numpy((values - offset).astype(np.float32)).to(device),
+        torch.from_numpy(weight.astype(np.float32)).to(device),
+    )
+    train_rows = [np.flatnonzero(fold != m) for m in range(M)]
+    fewest = min(len(part) for part in train_rows)
+    test_rows = [np.flatnonzero(fold == m) for m in range(M)]
+    most = max(len(part) for part in test_rows)
+    padded = np.stack([np.append(part, np.full(most - len(part), -1)) for part in test_rows])
+    size = M * len(decays)
+    # Folds differ by a row at most: members with one more leave it out.
+    train_index = torch.from_numpy(np.stack([part[:fewest] for part in train_rows])).repeat(len(decays), 1).to(device)
+    parameters = initial(kind, size, generator, torch.float32)
+    fit = train(
+        kind,
+        {key: value.to(device) for key, value in parameters.items()},
+        rows,
+        train_index,
+        torch.from_numpy(padded).repeat(len(decays), 1).to(device),
+        torch.tensor(decays, dtype=torch.float32).repeat_interleave(M).to(device),
+        generator,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        max_epochs=settings.max_epochs,
+        patience=settings.patience,
+        report=lambda epoch, loss: report(name, epoch, loss),
+    )
+    seen = torch.zeros(M, sum(s + 1 for s in kind.sizes), dtype=torch.bool)
+    first = np.cumsum([0, *(s + 1 for s in kind.sizes)])[:-1]
+    for m in range(M):
+        seen[m, torch.from_numpy((labels[train_rows[m]] + first).ravel())] = True
+    filled = fill_unknown(kind, fit.parameters, seen.repeat(len(decays), 1).to(device))
+    added = np.zeros((len(decays), n))
+    for m in range(M):
+        of_fold = {key: value[m::M] for key, value in filled.items()}
+        at = torch.from_numpy(test_rows[m]).to(device)
+        inputs = None if features is None else features[m : m + 1, at]
+        added[:, test_rows[m]] = predict(kind, of_fold, rows.labels[at], inputs).double().cpu().numpy()
+        added[:, test_rows[m]] += offset[m, test_rows[m]]
+    return Group(name, kind, on_effects, filled, tuple(fit.epoch.tolist())), list(added)
+
+
+def _stack(
+    candidates: list[FloatArray], values: FloatArray, weight: FloatArray, out: npt.NDArray[np.bool_]
+) -> tuple[FloatArray, FloatArray]:
+    """Weights that are not negative and sum to one, of least squared error on rows held out; and what they predict."""
+    if not out.any() or len(candidates) == 1 or not values[out].any():
+        return np.eye(len(candidates))[0], candidates[0]
+    design, root = np.stack(candidates, axis=1)[out], np.sqrt(weight[out])
+    heavy = 1e3 * np.linalg.norm(root)  # of the row that says that weights sum to one
+    left = np.vstack([root[:, None] * design, np.full(len(candidates), heavy)])
+    weights = nnls(left, np.append(root * values[out], heavy))[0]
+    weights = weights / weights.sum()
+    return weights, np.stack(candidates, axis=1) @ weights
+
+
+def _calibrate(residual: FloatArray, latent: FloatArray, noise: float) -> ScaleMixture:
+    """Scales of the residuals; one scale where they are few."""
+    parts = torch.from_numpy(residual), torch.from_numpy(latent), torch.full((len(residual),), noise).double()
+    if len(residual) < MIN_RESIDUALS:
+        scale = math.sqrt(max(float((parts[0] ** 2 / (parts[1] + parts[2])).mean()), LEAST_VARIANCE))
+        return ScaleMixture(1.0, torch.tensor([scale]).double(), torch.ones(1).double())
+    return with_tail(fit_scale_mixture(*parts), len(residual))

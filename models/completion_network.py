@@ -1,0 +1,320 @@
+"""Networks over the labels of a tensor's modes, many members at once: every parameter has the members first.
+
+A member predicts
+
+    ``sum_k b_k[i_k] + sum_r g_r (prod_k (1 + c_k[i_k, r]) - 1 - sum_k c_k[i_k, r]) + head(e_1[i_1], ..., e_K[i_K])``
+
+on top of an offset: effects of labels, interactions of rank ``R`` between any number of modes (with two modes this is
+plain matrix factorization), and a network of embeddings. Biases, gates ``g`` and the network's last layer start at
+zero, so that a member starts at the offset. One optimiser trains all members, each on rows of its own and with its
+own weight decay; nothing couples them, so they are what a loop over members would give.
+
+References
+----------
+Liu, Li, Tsang, Liu (2019), "CoSTCo: A Neural Tensor Completion Model for Sparse Tensors", KDD. Rendle (2010),
+"Factorization Machines", ICDM, for interactions without main effects. Loshchilov, Hutter (2019), "Decoupled Weight
+Decay Regularization", ICLR.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+__all__ = ["Fit", "Kind", "Rows", "fill_unknown", "initial", "predict", "train"]
+
+Parameters = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor | None, Tensor, Tensor]  # labels, features, targets, weights
+
+WARM_UP = 0.1  # share of the steps in which the learning rate rises
+BETAS, EPS = (0.9, 0.999), 1e-8
+CHUNK = 2**24  # numbers in the largest temporary of a prediction
+
+
+class Kind(NamedTuple):
+    """What the members of one batch have; `sizes` are the modes' labels, one more each for an unknown label.
+
+    Attributes
+    ----------
+    sizes : tuple of int
+    rank : int
+        Of the interactions; 0: none.
+    head : str or None
+        "mlp", "costco" or None.
+    width : int
+        Of the embeddings.
+    hidden : tuple of int
+        Widths of the head's layers.
+    n_features : int
+        Numbers known of a row, inputs of the head beside the embeddings.
+    """
+
+    sizes: tuple[int, ...]
+    rank: int
+    head: str | None
+    width: int
+    hidden: tuple[int, ...]
+    n_features: int = 0
+
+
+class Fit(NamedTuple):
+    """Best parameters of each member; tensors (M,) of their epochs and losses, and the losses (epochs + 1, M)."""
+
+    parameters: Parameters
+    epoch: Tensor
+    loss: Tensor
+    history: Tensor
+
+
+def initial(kind: Kind, n_members: int, generator: torch.Generator, dtype: torch.dtype) -> Parameters:
+    """Random parameters, on the CPU."""
+
+    def normal(scale: float, *shape: int) -> Tensor:
+        return scale * torch.randn(n_members, *shape, generator=generator, dtype=dtype)
+
+    K, rows = len(kind.sizes), sum(size + 1 for size in kind.sizes)
+    parameters = {"bias": normal(0.0, rows, 1)}
+    if kind.rank and K > 1:
+        parameters["factor"], parameters["gate"] = normal(0.1, rows, kind.rank), normal(0.0, kind.rank, 1)
+    if kind.head is None:
+        return parameters
+    parameters["embedding"] = normal(0.3, rows, kind.width)
+    widths = [K * kind.width + kind.n_features, *kind.hidden]
+    if kind.head == "costco":
+        channels = kind.hidden[0]
+        parameters["across"], parameters["across_bias"] = (
+            normal(math.sqrt(2 / K), K, channels),
+            normal(0.0, 1, channels),
+        )
+        widths[0] = channels * kind.width + kind.n_features
+    for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        parameters[f"weight{layer}"] = normal(math.sqrt(2 / fan_in), fan_in, fan_out)
+        parameters[f"shift{layer}"] = normal(0.0, 1, fan_out)
+    parameters["out"] = normal(0.0, widths[-1], 1)
+    return parameters
+
+
+def forward(kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor | None) -> Tensor:
+    """What members add to the offset, (M, B).
+
+    Parameters
+    ----------
+    kind : Kind
+    parameters : dict of str to Tensor, members first
+    labels : Tensor, shape (M, B, K), int64
+        Rows in the tables of parameters, of all members one after the other.
+    features : Tensor, shape (M, B, n_features), or None
+    """
+    M, B, K = labels.shape
+
+    def look_up(name: str) -> Tensor:  # (M, B, K, width)
+        table = parameters[name]
+        return table.flatten(0, 1).index_select(0, labels.reshape(-1)).view(M, B, K, -1)
+
+    out = look_up("bias").sum(dim=2).squeeze(-1)
+    if "factor" in parameters:
+        factor = look_up("factor")
+        product = 1 + factor[:, :, 0]
+        for k in range(1, K):
+            product = product * (1 + factor[:, :, k])
+        out = out + torch.bmm(product - 1 - factor.sum(dim=2), parameters["gate"]).squeeze(-1)
+    if kind.head is None:
+        return out
+    hidden = look_up("embedding")
+    if kind.head == "costco":
+        mixed = torch.matmul(hidden.transpose(2, 3).flatten(1, 2), parameters["across"]) + parameters["across_bias"]
+        hidden = relu(mixed).view(M, B, -1)
+    else:
+        hidden = hidden.flatten(2)
+    if features is not None:
+        hidden = torch.cat([hidden, features], dim=2)
+    layer = 0
+    while f"weight{layer}" in parameters:
+        hidden = relu(torch.baddbmm(parameters[f"shift{layer}"], hidden, parameters[f"weight{layer}"]))
+        layer += 1
+    return out + torch.bmm(hidden, parameters["out"]).squeeze(-1)
+
+
+def places(kind: Kind, labels: Tensor, n_members: int) -> Tensor:
+    """Rows (M, n, K) in the tables of all members, from labels (n, K) or (M, n, K); -1 is an unknown label."""
+    first = torch.tensor([0, *(size + 1 for size in kind.sizes)], device=labels.device).cumsum(0)
+    unknown = torch.tensor(kind.sizes, device=labels.device)
+    row = torch.where(labels < 0, unknown, labels) + first[:-1]
+    member = torch.arange(n_members, device=labels.device)[:, None, None] * int(first[-1])
+    return row + member
+
+
+def predict(kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor | None) -> Tensor:
+    """What each member adds to the offset, (M, n), at labels (n, K) and features (F, n, n_features)."""
+    M = len(parameters["bias"])
+    widest = max([len(kind.sizes) * max(kind.width, kind.rank, 1) * 2, *kind.hidden])
+    if kind.head == "costco":
+        widest = max(widest, kind.width * kind.hidden[0])
+    step = max(CHUNK // (M * widest), 1)
+    parts = []
+    for first in range(0, len(labels), step):
+        part = places(kind, labels[first : first + step], M)
+        known = None
+        if features is not None:
+            known = features[:, first : first + step].repeat(M // len(features), 1, 1)
+        parts.append(forward(kind, parameters, part, known))
+    return torch.cat(parts, dim=1) if parts else parameters["bias"].new_zeros(M, 0)
+
+
+class Rows(NamedTuple):
+    """Training rows: labels (n, K), features (F, n, n_features) or None, targets (F, n), weights (n,).
+
+    Member ``m`` has the features and targets of fold ``m % F``.
+    """
+
+    labels: Tensor
+    features: Tensor | None
+    target: Tensor
+    weight: Tensor
+
+    def take(self, rows: Tensor) -> Batch:
+        """The rows (M, B) of each member."""
+        fold = (torch.arange(len(rows), device=rows.device) % len(self.target))[:, None]
+        features = None if self.features is None else self.features[fold, rows]
+        return self.labels[rows], features, self.target[fold, rows], self.weight[rows]
+
+
+def train(
+    kind: Kind,
+    parameters: Parameters,
+    rows: Rows,
+    train_rows: Tensor,
+    test_rows: Tensor,
+    weight_decay: Tensor,
+    generator: torch.Generator,
+    *,
+    learning_rate: float,
+    batch_size: int,
+    max_epochs: int,
+    patience: int,
+    report: Callable[[int, float], None] | None = None,
+) -> Fit:
+    """Train all members; each keeps the parameters of its best epoch, which may be the start.
+
+    Parameters
+    ----------
+    kind : Kind
+    parameters : dict of str to Tensor, members first
+        Left as they are.
+    rows : Rows
+    train_rows, test_rows : Tensor, shape (M, n_train), (M, n_test), int64
+        Numbers of each member's rows; -1 in `test_rows` is none.
+    weight_decay : Tensor, shape (M,)
+        Decoupled, in multiples of the learning rate.
+    generator : torch.Generator
+        Of the order of rows, on the CPU.
+    learning_rate : float
+        The highest; it rises at first and falls with the cosine.
+    batch_size, max_epochs, patience : int
+        A fit ends when no member has become better for `patience` epochs.
+    report : callable, optional
+        Called with the epoch and the mean of the members' best losses.
+
+    Returns
+    -------
+    Fit
+    """
+    device, M = rows.target.device, len(weight_decay)
+    parameters = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in parameters.items()}
+    best = {name: value.detach().clone() for name, value in parameters.items()}
+    loss = validation_loss(kind, parameters, rows, test_rows)
+    best_loss, best_epoch, history = loss, torch.zeros(M, dtype=torch.int64, device=device), [loss]
+    n = train_rows.shape[1]
+    n_batches = max(n // batch_size, 1)
+    n_steps, step = max_epochs * n_batches, 0
+    for epoch in range(1, max_epochs + 1):
+        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(M)]).to(device)
+        shuffled = train_rows.gather(1, order)
+        for batch in shuffled.tensor_split(n_batches, dim=1):
+            step += 1
+            rise, fall = step / (WARM_UP * n_steps), 0.5 * (1 + math.cos(math.pi * step / n_steps))
+            adam_step(kind, parameters, moments, rows.take(batch), step, learning_rate * min(rise, fall), weight_decay)
+        loss = validation_loss(kind, parameters, rows, test_rows)
+        history.append(loss)
+        better = loss < best_loss
+        best_loss, best_epoch = torch.where(better, loss, best_loss), best_epoch.masked_fill(better, epoch)
+        if better.any():
+            for name, value in parameters.items():
+                best[name][better] = value.detach()[better]
+        if report is not None:
+            report(epoch, float(best_loss.mean()))
+        if epoch - int(best_epoch.max()) >= patience:
+            break
+    return Fit(best, best_epoch, best_loss, torch.stack(history))
+
+
+def adam_step(
+    kind: Kind,
+    parameters: Parameters,
+    moments: dict[str, tuple[Tensor, Tensor]],
+    batch: Batch,
+    step: int,
+    rate: float,
+    weight_decay: Tensor,
+) -> None:
+    """One step of AdamW on the sum of the members' mean squared errors, in place."""
+    labels, features, target, weight = batch
+    off = target - forward(kind, parameters, places(kind, labels, len(target)), features)
+    loss = ((weight * off**2).sum(dim=1) / weight.sum(dim=1)).sum()
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    with torch.no_grad():
+        for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
+            first, second = moments[name]
+            first.lerp_(gradient, 1 - BETAS[0])
+            second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+            value.mul_(1 - rate * weight_decay[:, None, None])
+            scale = (second / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
+            value.addcdiv_(first, scale, value=-rate / (1 - BETAS[0] ** step))
+
+
+@torch.no_grad()
+def validation_loss(kind: Kind, parameters: Parameters, rows: Rows, test_rows: Tensor) -> Tensor:
+    """Weighted mean squared error (M,) of each member on its rows, all of them."""
+    at = test_rows.clamp(min=0)
+    M = len(at)
+    square, total = rows.target.new_zeros(M), rows.target.new_zeros(M)
+    step = max(CHUNK // (M * 512), 1)
+    for first in range(0, at.shape[1], step):
+        part = slice(first, first + step)
+        valid = test_rows[:, part] >= 0
+        labels, features, target, weight = rows.take(at[:, part])
+        off = target - forward(kind, parameters, places(kind, labels, M), features)
+        weight = weight * valid
+        square, total = square + (weight * off**2).sum(dim=1), total + weight.sum(dim=1)
+    return square / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+@torch.no_grad()
+def fill_unknown(kind: Kind, parameters: Parameters, seen: Tensor) -> Parameters:
+    """Give labels that a member has not seen the mean of those that it has seen of the mode.
+
+    Parameters
+    ----------
+    kind : Kind
+    parameters : dict of str to Tensor, members first
+    seen : Tensor, shape (M, rows), bool
+        Rows in a member's tables whose label it was trained on.
+    """
+    filled = dict(parameters)
+    tables, first = [name for name in ("bias", "factor", "embedding") if name in parameters], 0
+    for name in tables:
+        filled[name] = parameters[name].clone()
+    for size in kind.sizes:
+        mode = slice(first, first + size + 1)
+        known = seen[:, mode, None]
+        for name in tables:
+            table = parameters[name][:, mode]
+            mean = (table * known).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(min=1)
+            filled[name][:, mode] = torch.where(known, table, mean)
+        first += size + 1
+    return filled
