@@ -181,9 +181,7 @@ def deal_points(array: npt.NDArray[Any], size: int, comm: Comm) -> tuple[npt.NDA
         first = -(-mine // size)
         cut = min(first * size - mine, len(array))
         leaving = array[:cut]
-        owner = (
-            int(np.searchsorted(begin, mine // size * size, side="right")) - 1
-        )  # the last that begins there or before
+        owner = int(np.searchsorted(begin, mine // size * size, side="right")) - 1  # has the block's first row
         to = np.full(cut, owner)
     else:
         n_blocks = -(-sum(counts) // size)

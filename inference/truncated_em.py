@@ -37,11 +37,13 @@ from probtensor.inference.state_sets import Own, Selected, StateTable
 __all__ = [
     "DataCut",
     "Everything",
+    "Posterior",
     "Preselection",
     "Result",
     "Selection",
     "TruncatedModel",
     "normalise",
+    "posterior",
     "run",
 ]
 
@@ -191,6 +193,21 @@ class Result(NamedTuple, Generic[P]):
     n_iter: int
     converged: bool
     statistics: Tensor
+
+
+class Posterior(NamedTuple):
+    """Of some points, given parameters: their states, log joint densities and probabilities, both (states, n)."""
+
+    points: Points
+    states: Selected | Own
+    log_joint: Tensor
+    q: Tensor
+
+
+def posterior(model: TruncatedModel[P], params: P, points: Points, selection: Selection) -> Posterior:
+    """Posterior of points that nothing was kept of."""
+    states, joint, _ = selection.step(model, params, points, None, 0)
+    return Posterior(points, states, joint, joint.softmax(0))
 
 
 def normalise(log_joint: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ A mixture is a sparse code in which exactly one component is on in each point, a
 log-likelihood. Manners are those of the sparse coders; codes are responsibilities.
 """
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import Any, Self, final
 
 import numpy as np
@@ -103,9 +103,9 @@ class Mixture(SparseCoder, ABC):
         size = block_size(self.n_components * array.shape[1], device)
         return PointBlocks(array, array[:0] if tail is None else tail, size, first, masked, self._dtype(), device)
 
+    @abstractmethod
     def _first(self, means: Tensor, summary: Summary) -> Any:
         """Parameters to begin with."""
-        raise NotImplementedError
 
     def _learn(self, blocks: PointBlocks, summary: Summary, comm: Comm) -> Result[Any]:
         n_points = SAMPLE + (SAMPLE_A_COMPONENT + self._more_points(blocks.array.shape[1])) * self.n_components

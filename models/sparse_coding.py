@@ -7,7 +7,7 @@ subclass gives the model's mathematics (`_model`), and its prior in users' terms
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from probtensor.comm import Comm, Serial, refuse_together
 from probtensor.inference.evolution import Evolution
 from probtensor.inference.points import (
     PointBlocks,
-    Points,
     Summary,
     any_missing,
     as_points,
@@ -28,11 +27,19 @@ from probtensor.inference.points import (
     deal_points,
     summarise,
 )
-from probtensor.inference.state_sets import Own, Selected, every_state, few_active
-from probtensor.inference.truncated_em import DataCut, Everything, Preselection, Result, Selection
+from probtensor.inference.state_sets import every_state, few_active
+from probtensor.inference.truncated_em import DataCut, Everything, Posterior, Preselection, Result, Selection, posterior
 from probtensor.models.sparse_files import read_coder, write_coder
 from probtensor.models.sparse_fit import Schedule, check_settings, fit_dictionary, sums_at
-from probtensor.resources import RandomState, is_integer, make_generator, resolve_device, shared_generator, threads_for
+from probtensor.resources import (
+    RandomState,
+    is_integer,
+    make_generator,
+    resolve_device,
+    shared_generator,
+    threads_for,
+    unchanged_on_failure,
+)
 
 __all__ = ["SparseCoder"]
 
@@ -41,15 +48,6 @@ FloatArray = npt.NDArray[np.floating[Any]]
 SAMPLE, SAMPLE_A_COMPONENT = 1000, 20  # points, and this many a component more, for annealing and renewals
 SEARCH_CANDIDATES, SEARCH_ACTIVE = 6, 3  # in annealing and renewals
 MAX_EVERY = 2**16  # states that full enumeration takes at most
-
-
-class Posterior(NamedTuple):
-    """Of the points of a block, given the fitted parameters."""
-
-    points: Points
-    states: Selected | Own
-    log_joint: Tensor
-    q: Tensor
 
 
 class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
@@ -124,23 +122,24 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
             If Y is malformed, empty or has infinite entries, or a parameter does not fit it.
         """
         comm = Serial() if comm is None else comm
-        refuse_together(comm, self._check)
-        array = as_points(Y, comm, self._check_values)
-        single = b"yes" if array.dtype == np.float32 else b"no"
-        self.dtype_ = np.dtype(np.float32 if set(comm.gather_bytes(single)) == {b"yes"} else np.float64)
-        array, tail, first = deal_points(array, self._blocks(array, False).size, comm)
-        summary = summarise(self._blocks(array, False, first, tail), comm)
-        blocks = self._blocks(array, summary.masked, first, tail)
-        with threads_for(summary.n_points):
-            result = self._learn(blocks, summary, comm)
-            params, self._sums = self._standard(result.params), result.statistics
-            if params is not result.params:  # sums for a later batch must be of the same scale
-                self._sums = sums_at(self._model(), params, blocks, self._selection(), comm).statistics
-        self.n_features_in_, self._masked = array.shape[1], summary.masked
-        self.bound_history_, self.n_iter_, self.converged_ = result.bound_history, result.n_iter, result.converged
-        steps = {name: [x[name] for x in result.params_history] for name in result.params_history[0]}
-        self.parameter_history_ = {name: torch.stack(values).cpu().numpy() for name, values in steps.items()}
-        self._set(params)
+        with unchanged_on_failure(self):
+            refuse_together(comm, self._check)
+            array = as_points(Y, comm, self._check_values)
+            single = b"yes" if array.dtype == np.float32 else b"no"
+            self.dtype_ = np.dtype(np.float32 if set(comm.gather_bytes(single)) == {b"yes"} else np.float64)
+            array, tail, first = deal_points(array, self._blocks(array, False).size, comm)
+            summary = summarise(self._blocks(array, False, first, tail), comm)
+            blocks = self._blocks(array, summary.masked, first, tail)
+            with threads_for(summary.n_points):
+                result = self._learn(blocks, summary, comm)
+                params, self._sums = self._standard(result.params), result.statistics
+                if params is not result.params:  # sums for a later batch must be of the same scale
+                    self._sums = sums_at(self._model(), params, blocks, self._selection(), comm).statistics
+            self.n_features_in_, self._masked = array.shape[1], summary.masked
+            self.bound_history_, self.n_iter_, self.converged_ = result.bound_history, result.n_iter, result.converged
+            steps = {name: [x[name] for x in result.params_history] for name in result.params_history[0]}
+            self.parameter_history_ = {name: torch.stack(values).cpu().numpy() for name, values in steps.items()}
+            self._set(params)
         return self
 
     def fit_transform(self, Y: Any, y: None = None, *, comm: Comm | None = None) -> FloatArray:
@@ -437,14 +436,10 @@ class SparseCoder(TransformerMixin, BaseEstimator, ABC):  # type: ignore[misc]
     def _check_values(self, array: npt.NDArray[Any]) -> None:
         """Refuse values that the model cannot have."""
 
-    def _posterior(self, points: Points) -> Posterior:
-        states, joint, _ = self._selection().step(self._model(), self._params, points, None, 0)
-        return Posterior(points, states, joint, joint.softmax(0))
-
     def _each(self, Y: Any, what: Callable[[Posterior], Tensor]) -> FloatArray:
         """What is asked of the posterior of each point, block by block."""
         array = self._array_like_fitted(Y)
-        blocks = self._blocks(array, any_missing(array))
+        blocks, selection = self._blocks(array, any_missing(array)), self._selection()
         with torch.no_grad(), threads_for(len(array)):
-            parts = [what(self._posterior(blocks[number])).cpu() for number in range(len(blocks))]
+            parts = [what(posterior(self._model(), self._params, points, selection)).cpu() for points in blocks]
         return torch.cat(parts).numpy()

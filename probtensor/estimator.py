@@ -31,7 +31,15 @@ from probtensor.data import Duplicates, Observations, as_table
 from probtensor.intake import Table, Where, deal, observe_together, row_keys, seen_labels
 from probtensor.persistence import write_state
 from probtensor.predictive import Predictive
-from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device, threads_for
+from probtensor.resources import (
+    RandomState,
+    is_integer,
+    is_number,
+    make_generator,
+    resolve_device,
+    threads_for,
+    unchanged_on_failure,
+)
 
 __all__ = ["TensorRegressor", "UnknownLabelWarning"]
 
@@ -125,8 +133,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         for name, given in (("sample_weight", sample_weight), ("noise_std", noise_std)):
             if merged and given is not None:
                 raise ValueError(f'duplicates: expected "observations" with {name}, got {self.duplicates!r}')
-        before = dict(self.__dict__)
-        try:
+        with unchanged_on_failure(self):
             weights = {"sample_weight": sample_weight, "noise_std": noise_std}
             observed, (count, std) = observe_together(X, y, self.axes, self.duplicates, weights, comm)
             single = getattr(y, "dtype", None) in (np.float32, torch.float32) or observed.n_observed == 0
@@ -140,11 +147,6 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
                     checkpoints = Checkpoints(*given, kind, self._params_state(), table)
                 with nullcontext() if checkpoints is None else checkpoints.watching():
                     self._fit(table, comm, checkpoints)
-        except BaseException:
-            # Neither bad input nor Ctrl-C leaves the new data's axes and units beside an old posterior.
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
         return self
 
     def _standardise(

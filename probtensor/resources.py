@@ -23,6 +23,7 @@ __all__ = [
     "resolve_device",
     "shared_generator",
     "threads_for",
+    "unchanged_on_failure",
 ]
 
 RandomState = int | np.random.Generator | np.random.RandomState | None
@@ -148,3 +149,15 @@ def threads_for(n_rows: int) -> Iterator[None]:
                 _small.clear()
             else:
                 _small.pop()
+
+
+@contextmanager
+def unchanged_on_failure(estimator: object) -> Iterator[None]:
+    """Leave an estimator as it was when what is done inside fails: bad input and Ctrl-C end no earlier fit."""
+    before = dict(vars(estimator))
+    try:
+        yield
+    except BaseException:
+        vars(estimator).clear()
+        vars(estimator).update(before)
+        raise

@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import probtensor as pt
+from probtensor.inference import truncated_em
 from probtensor.models import BSC, DSC, GSC, MCA, MMCA, TSC, sparse_fit
 from tests import reference_sparse as ref
 from tests.sparse_cases import PHI, Case, listed, tensors
@@ -102,7 +103,7 @@ def test_all_results_equal_loops_over_the_states(name: str, states: str, missing
     this, Y = twin(name, model), data(name, 7, 5, missing)
     Y[-1] = np.nan if missing else 0.0
     some = next(iter(model._blocks(Y, bool(missing))))
-    posterior = model._posterior(some)
+    posterior = truncated_em.posterior(model._model(), model._params, some, model._selection())
     of_each = listed(posterior.states, 7)
     joint = np.array(ref.log_joints(this.log_joint, Y, of_each)).T
     joint[~posterior.log_joint.isfinite().numpy()] = -np.inf
@@ -463,3 +464,15 @@ def test_more_sets_of_candidates_than_fit_are_refused(name: str) -> None:
         coder(name, n_components=20, n_candidates=13).fit(data(name))
     with pytest.raises(ValueError, match='states: expected "selected" or "evolved" for more than 12 components'):
         coder(name, n_components=13, states="all").fit(data(name))
+
+
+def test_a_fit_that_fails_leaves_the_earlier_one() -> None:
+    model = fit(coder("bsc"), data("bsc"))
+    before = model.transform(data("bsc"))
+    model.set_params(tol=-1.0)
+    with pytest.raises(ValueError, match="tol"):
+        model.fit(data("bsc").astype(np.float32))
+    model.set_params(tol=1e-6)
+    with pytest.raises(ValueError, match="observed entry"):
+        model.fit(np.full((5, D), np.nan, dtype=np.float32))
+    np.testing.assert_array_equal(model.transform(data("bsc")), before)
