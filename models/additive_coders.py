@@ -22,7 +22,8 @@ class BSC(SparseCoder):
     n_components : int, default 10
         Components ``H`` of the dictionary.
     n_candidates : int, default 8
-        Components of which a point's states may have more than one (``H'``); with fewer in all, all.
+        Components of which a point's states may have more than one (``H'``); with fewer in all, all. For
+        ``states="selected"``.
     max_active : int, default 5
         Components in use in a state at most (``gamma``).
     states : {"selected", "evolved", "all"}, default "selected"
@@ -38,7 +39,7 @@ class BSC(SparseCoder):
         How often, at most, a component that is hardly missed is begun anew.
     data_cut : bool, default False
         Whether M-steps leave out as many badly explained points as are expected to have more than `max_active` causes.
-        The bound may then fall a little.
+        The bound may then fall a little. For ``states="selected"``.
     max_iter : int, default 200
         Steps of EM on all points at most.
     tol : float, default 1e-6
@@ -126,7 +127,8 @@ class TSC(SparseCoder):
     n_components : int, default 10
         Components ``H`` of the dictionary.
     n_candidates : int, default 7
-        Components of which a point's states may have more than one (``H'``); with fewer in all, all.
+        Components of which a point's states may have more than one (``H'``); with fewer in all, all. For
+        ``states="selected"``.
     max_active : int, default 5
         Components in use in a state at most (``gamma``).
     states : {"selected", "evolved", "all"}, default "selected"
@@ -142,7 +144,7 @@ class TSC(SparseCoder):
         How often, at most, a component that is hardly missed is begun anew.
     data_cut : bool, default False
         Whether M-steps leave out as many badly explained points as are expected to have more than `max_active` causes.
-        The bound may then fall a little.
+        The bound may then fall a little. For ``states="selected"``.
     max_iter : int, default 200
         Steps of EM on all points at most.
     tol : float, default 1e-6
@@ -226,7 +228,8 @@ class DSC(SparseCoder):
     values : sequence of float, default (1, 2)
         Values of a cause other than 0: the dictionary takes the scale.
     n_candidates : int, default 7
-        Components of which a point's states may have more than one (``H'``); with fewer in all, all.
+        Components of which a point's states may have more than one (``H'``); with fewer in all, all. For
+        ``states="selected"``.
     max_active : int, default 5
         Components in use in a state at most (``gamma``).
     states : {"selected", "evolved", "all"}, default "selected"
@@ -242,7 +245,7 @@ class DSC(SparseCoder):
         How often, at most, a component that is hardly missed is begun anew.
     data_cut : bool, default False
         Whether M-steps leave out as many badly explained points as are expected to have more than `max_active` causes.
-        The bound may then fall a little.
+        The bound may then fall a little. For ``states="selected"``.
     max_iter : int, default 200
         Steps of EM on all points at most.
     tol : float, default 1e-6

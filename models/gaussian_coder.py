@@ -24,7 +24,8 @@ class GSC(SparseCoder):
     full_covariance : bool, default False
         Whether slabs may be correlated.
     n_candidates : int, default 7
-        Components of which a point's states may have more than one (``H'``); with fewer in all, all.
+        Components of which a point's states may have more than one (``H'``); with fewer in all, all. For
+        ``states="selected"``.
     max_active : int, default 4
         Components in use in a state at most (``gamma``).
     states : {"selected", "evolved", "all"}, default "selected"
@@ -40,7 +41,7 @@ class GSC(SparseCoder):
         How often, at most, a component that is hardly missed is begun anew.
     data_cut : bool, default True
         Whether M-steps leave out as many badly explained points as are expected to have more than `max_active` causes.
-        The bound may then fall a little.
+        The bound may then fall a little. For ``states="selected"``.
     max_iter : int, default 200
         Steps of EM on all points at most.
     tol : float, default 1e-6

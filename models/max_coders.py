@@ -23,7 +23,8 @@ class MCA(SparseCoder):
     n_components : int, default 10
         Components ``H`` of the dictionary.
     n_candidates : int, default 8
-        Components of which a point's states may have more than one (``H'``); with fewer in all, all.
+        Components of which a point's states may have more than one (``H'``); with fewer in all, all. For
+        ``states="selected"``.
     max_active : int, default 5
         Components in use in a state at most (``gamma``).
     states : {"selected", "evolved", "all"}, default "selected"
@@ -39,7 +40,7 @@ class MCA(SparseCoder):
         How often, at most, a component that is hardly missed is begun anew.
     data_cut : bool, default False
         Whether M-steps leave out as many badly explained points as are expected to have more than `max_active` causes.
-        The bound may then fall a little.
+        The bound may then fall a little. For ``states="selected"``.
     max_iter : int, default 200
         Steps of EM on all points at most.
     tol : float, default 1e-6
@@ -124,7 +125,8 @@ class MMCA(SparseCoder):
     n_components : int, default 10
         Components ``H`` of the dictionary.
     n_candidates : int, default 8
-        Components of which a point's states may have more than one (``H'``); with fewer in all, all.
+        Components of which a point's states may have more than one (``H'``); with fewer in all, all. For
+        ``states="selected"``.
     max_active : int, default 5
         Components in use in a state at most (``gamma``).
     states : {"selected", "evolved", "all"}, default "selected"
@@ -140,7 +142,7 @@ class MMCA(SparseCoder):
         How often, at most, a component that is hardly missed is begun anew.
     data_cut : bool, default False
         Whether M-steps leave out as many badly explained points as are expected to have more than `max_active` causes.
-        The bound may then fall a little.
+        The bound may then fall a little. For ``states="selected"``.
     max_iter : int, default 200
         Steps of EM on all points at most.
     tol : float, default 1e-6
