@@ -1,9 +1,9 @@
 """Neural tensor completion, as an estimator."""
 
-import json
 import math
+import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +13,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from probtensor.axes import Axis, ContinuousAxis
-from probtensor.calibration import ScaleMixture, inflated
+from probtensor.calibration import inflated
 from probtensor.checkpoints import Checkpoints
+from probtensor.columns import to_cpu_array
 from probtensor.comm import Comm
 from probtensor.data import Duplicates
 from probtensor.estimator import TensorRegressor
+from probtensor.inference.influence import Preconditioner
 from probtensor.intake import Table, Where
-from probtensor.models.completion_effects import Effects
-from probtensor.models.completion_fit import Fitted, Group, Settings, fit_completion, moments
-from probtensor.models.completion_network import Kind
+from probtensor.models.completion_files import fitted_from_state, fitted_to_state
+from probtensor.models.completion_fit import Fitted, fit_completion, moments
+from probtensor.models.completion_influence import row_influence
+from probtensor.models.completion_inputs import bin_edges, encode, n_labels
+from probtensor.models.completion_settings import Settings, settings_of
 from probtensor.predictive import NormalMixture
-from probtensor.resources import RandomState, is_integer, is_number, make_generator, resolve_device
+from probtensor.resources import RandomState, make_generator, resolve_device
 
 __all__ = ["NeuralTensorCompletion"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
-MAX_BINS = 64  # labels of a continuous mode
-WAVES = 4  # sines and cosines of a continuous mode, a factor 2 apart
 SHOW_AFTER = 1.0  # seconds before a progress bar appears
-HEADS = ("mlp", "costco", None)
 
 
 class NeuralTensorCompletion(TensorRegressor):
@@ -73,6 +74,8 @@ class NeuralTensorCompletion(TensorRegressor):
     max_epochs : int, default 15
     patience : int, default 4
         Epochs without a better member after which an ensemble stops.
+    n_checkpoints : int, default 1
+        Times of the training that `influence` looks at: the best epoch, and others evenly spaced before it.
     duplicates : {"observations", "error", "sum", "mean"}, default "observations"
         What rows with equal coordinates are.
     device : str, default "auto"
@@ -90,6 +93,8 @@ class NeuralTensorCompletion(TensorRegressor):
         Shrinkage of the effects of each subset of modes, in rows; subsets that did not help are left out.
     best_epochs_ : dict of str to tuple of int
         Of each candidate's members; 0 is the start.
+    validation_rmse_ : dict of str to ndarray, shape (epochs + 1, n_members)
+        Of each candidate's members on their rows held out, from the start on, in the unit of y.
     noise_std_ : float
         Standard deviation that the effects leave to the noise, in the unit of y.
     axes_, y_mean_, y_scale_, n_features_in_, feature_names_in_
@@ -136,6 +141,7 @@ class NeuralTensorCompletion(TensorRegressor):
         batch_size: int = 1024,
         max_epochs: int = 15,
         patience: int = 4,
+        n_checkpoints: int = 1,
         duplicates: Duplicates = "observations",
         device: str = "auto",
         random_state: RandomState = None,
@@ -154,6 +160,7 @@ class NeuralTensorCompletion(TensorRegressor):
         self.batch_size = batch_size
         self.max_epochs = max_epochs
         self.patience = patience
+        self.n_checkpoints = n_checkpoints
         self.duplicates = duplicates
         self.device = device
         self.random_state = random_state
@@ -177,6 +184,19 @@ class NeuralTensorCompletion(TensorRegressor):
         ]
         names = self._candidates()
         return dict(zip(names[len(names) - len(epochs) :], epochs, strict=True))
+
+    @property
+    def validation_rmse_(self) -> dict[str, FloatArray]:
+        """RMSE (epochs + 1, n_members) of each candidate's members on their rows held out, in the unit of y."""
+        check_is_fitted(self, "axes_")
+        M = self._fitted.n_members
+        curves = [
+            self.y_scale_ * group.history[:, first : first + M].double().sqrt().numpy()
+            for group in self._fitted.groups
+            for first in range(0, len(group.best_epoch), M)
+        ]
+        names = self._candidates()
+        return dict(zip(names[len(names) - len(curves) :], curves, strict=True))
 
     @property
     def strengths_(self) -> dict[tuple[str, ...], float]:
@@ -205,42 +225,67 @@ class NeuralTensorCompletion(TensorRegressor):
         return ["effects", *names] if single else names
 
     def _settings(self) -> Settings:
-        for name, least in (("rank", 0), ("embedding", 1), ("n_members", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if not (is_integer(value) and value >= least):
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
-        for name in ("max_epochs", "patience"):
-            value = getattr(self, name)
-            if not (is_integer(value) and value >= 1):
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-        if self.head not in HEADS:
-            raise ValueError(f'head: expected "mlp", "costco" or None, got {self.head!r}')
-        layers: Any = self.hidden
-        hidden: list[Any] = list(layers) if np.iterable(layers) else []
-        if not hidden or not all(is_integer(width) and width >= 1 for width in hidden):
-            raise ValueError(f"hidden: expected integers of at least 1, one a layer, got {self.hidden!r}")
-        given = self.weight_decay
-        decays: list[Any] = list(given) if isinstance(given, Sequence | np.ndarray) else [given]
-        if not decays or not all(is_number(x) and 0 <= x < math.inf for x in decays):
-            raise ValueError(f"weight_decay: expected a number of at least 0, or several, got {given!r}")
-        if not (is_number(self.learning_rate) and 0 < self.learning_rate < math.inf):
-            raise ValueError(f"learning_rate: expected a number above 0, got {self.learning_rate!r}")
-        if max(decays) * self.learning_rate >= 1:
-            raise ValueError(f"weight_decay: expected less than 1 / learning_rate, got {given!r}")
-        return Settings(
-            bool(self.biases),
-            bool(self.interactions),
-            int(self.rank),
-            self.head,
-            int(self.embedding),
-            tuple(int(width) for width in hidden),
-            tuple(float(decay) for decay in decays),
-            int(self.n_members),
-            float(self.learning_rate),
-            int(self.batch_size),
-            int(self.max_epochs),
-            int(self.patience),
-        )
+        return settings_of(self.get_params(deep=False))
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        noise_std: Any = None,
+        comm: Comm | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
+    ) -> Self:
+        """Fit the model to observed entries.
+
+        Parameters
+        ----------
+        X : DataFrame or array_like, shape (n, K)
+            Coordinates of the observed entries, one column a mode. Entries that are missing have no row.
+        y : array_like, shape (n,)
+            Their values. The results are float32 where y is, else float64.
+        sample_weight : array_like, shape (n,), optional
+            How often each row counts, above 0. Default: once.
+        X_val, y_val : optional
+            Validation rows: nothing is trained on them; they choose strengths, epochs, weights and the width of
+            intervals. Default: folds of the training rows, one for each member; then all rows train some members, and
+            predictions are better.
+        noise_std, checkpoint, checkpoint_every, resume
+            Not supported.
+        comm : Comm, optional
+            One rank.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            If rows are malformed, empty or not finite, or a parameter does not fit the data.
+        """
+        if (X_val is None) != (y_val is None):
+            missing, given = ("X_val", "y_val") if X_val is None else ("y_val", "X_val")
+            raise ValueError(f"{missing}: expected one with {given}, got None")
+        self._validation = None if X_val is None else (X_val, y_val)
+        try:
+            return super().fit(
+                X,
+                y,
+                sample_weight,
+                noise_std=noise_std,
+                comm=comm,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+            )
+        finally:
+            del self._validation
 
     def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         settings = self._settings()
@@ -251,16 +296,20 @@ class NeuralTensorCompletion(TensorRegressor):
         if table.precision is not None:
             raise ValueError("noise_std: expected None, NeuralTensorCompletion learns the noise; use sample_weight")
         positions = table.positions.cpu().numpy()
-        self._edges = {
-            str(axis.name): _edges(axis.coordinates) for axis in self.axes_ if isinstance(axis, ContinuousAxis)
-        }
+        self._edges = bin_edges(self.axes_)
         encoded = [
             axis.coordinates[at] if isinstance(axis, ContinuousAxis) else at
             for axis, at in zip(self.axes_, positions.T, strict=True)
         ]
-        labels, smooth = self._labels(encoded)
+        labels, smooth = self._encode(encoded)
         values = table.values.double().cpu().numpy()
         weight = np.ones(len(values)) if table.count is None else table.count.double().cpu().numpy()
+        n_validation = 0
+        if self._validation is not None:
+            more = self._rows(*self._validation, "X_val", "y_val")
+            n_validation = len(more[2])
+            labels, smooth, values = (np.concatenate(pair) for pair in zip((labels, smooth, values), more, strict=True))
+            weight = np.append(weight, np.ones(n_validation))
         device = resolve_device(self.device)
         with tqdm(desc="epochs", delay=SHOW_AFTER, disable=not self.progress) as bar:
 
@@ -270,29 +319,92 @@ class NeuralTensorCompletion(TensorRegressor):
 
             generator = make_generator(self.random_state)
             self._fitted = fit_completion(
-                labels, self._sizes(), smooth, values, weight, settings, generator, device, report
+                labels,
+                n_labels(self.axes_, self._edges),
+                smooth,
+                values,
+                weight,
+                n_validation,
+                settings,
+                generator,
+                device,
+                report,
             )
 
-    def _sizes(self) -> tuple[int, ...]:
-        return tuple(
-            len(self._edges[str(axis.name)]) + 1 if isinstance(axis, ContinuousAxis) else axis.size
-            for axis in self.axes_
-        )
+    def _encode(self, encoded: Sequence[npt.NDArray[Any]]) -> tuple[IntArray, FloatArray]:
+        return encode(self.axes_, self._edges, self._seen, encoded)
 
-    def _labels(self, encoded: Sequence[npt.NDArray[Any]]) -> tuple[IntArray, FloatArray]:
-        """Labels (n, K), -1 where unknown, and smooth features (n, q) of the continuous modes."""
-        labels, smooth = [], [np.zeros((len(encoded[0]), 0))]
-        for axis, column in zip(self.axes_, encoded, strict=True):
-            if isinstance(axis, ContinuousAxis):
-                labels.append(np.searchsorted(self._edges[str(axis.name)], column).astype(np.int64))
-                smooth.append(_waves(np.asarray(column, dtype=np.float64), axis.coordinates))
-            else:
-                unseen = np.append(~self._seen[str(axis.name)], True)
-                labels.append(np.where(unseen[column], -1, column).astype(np.int64))
-        return np.stack(labels, axis=1), np.concatenate(smooth, axis=1)
+    def _rows(self, X: Any, y: Any, name: str, values_name: str) -> tuple[IntArray, FloatArray, FloatArray]:
+        """Labels, smooth features and standardised values of rows that were given to the fitted axes."""
+        where = Where(self.axes_, self._columns(X), torch.device("cpu"))
+        values = np.array(to_cpu_array(y), dtype=np.float64)
+        if values.shape != (len(where),):
+            raise ValueError(f"{values_name}: expected shape ({len(where)},) as {name} has rows, got {values.shape}")
+        if not len(values) or not np.isfinite(values).all():
+            raise ValueError(f"{values_name}: expected finite values, at least one, got {values}")
+        labels, smooth = self._encode([column.numpy() for column in where.encoded])
+        return labels, smooth, (values - self.y_mean_) / self.y_scale_
+
+    def influence(
+        self,
+        X: Any,
+        y: Any,
+        X_query: Any,
+        y_query: Any,
+        *,
+        parameters: Literal["last", "all"] = "all",
+        preconditioner: Preconditioner | None = None,
+        signed: bool = True,
+    ) -> FloatArray:
+        """What training on each row did, or would do, to the loss of other rows.
+
+        Parameters
+        ----------
+        X, y : shape (n, K), (n,)
+            Rows that are scored.
+        X_query, y_query : shape (m, K), (m,)
+            Rows whose summed loss, half the squared error, is looked at; best rows that were held out.
+        parameters : {"all", "last"}, default "all"
+            Of all of a network's parameters, or of the last layer's alone.
+        preconditioner : MFAC or GaussNewton, optional
+            See `probtensor.inference.influence`.
+        signed : bool, default True
+            Whether rows that raise the loss have negative scores; else magnitudes.
+
+        Returns
+        -------
+        ndarray, shape (n,)
+            By how much a step of gradient descent on the row, of size one, lowers the loss, in the unit of y squared:
+            the mean over members, summed over `n_checkpoints` times of the training. Of the networks, by the weights
+            that they have among themselves in the prediction; the effects in closed form stay as they are.
+
+        Raises
+        ------
+        ValueError
+            If rows are malformed, or the model has no network.
+        """
+        check_is_fitted(self, "axes_")
+        if parameters not in ("last", "all"):
+            raise ValueError(f'parameters: expected "last" or "all", got {parameters!r}')
+        if not self._fitted.groups:
+            raise ValueError("head, rank: expected a network or factors, whose rows have an influence; got neither")
+        rows, query = self._rows(X, y, "X", "y"), self._rows(X_query, y_query, "X_query", "y_query")
+        labels, smooth, values = (np.concatenate(pair) for pair in zip(rows, query, strict=True))
+        found = row_influence(
+            self._fitted,
+            labels,
+            smooth,
+            values,
+            len(query[2]),
+            bool(self.biases),
+            parameters=parameters,
+            preconditioner=preconditioner,
+        )
+        scores: FloatArray = found * self.y_scale_**2
+        return scores if signed else np.abs(scores)
 
     def _predictive(self, where: Where) -> NormalMixture:
-        labels, smooth = self._labels([column.cpu().numpy() for column in where.encoded])
+        labels, smooth = self._encode([column.cpu().numpy() for column in where.encoded])
         mean, variance = moments(self._fitted, labels, smooth, bool(self.biases))
         mixture = self._fitted.mixture
         unit = np.sqrt(inflated(variance, mixture.inflation) + self._fitted.effects.noise_variance)
@@ -307,65 +419,10 @@ class NeuralTensorCompletion(TensorRegressor):
 
     def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Arrays and JSON values that `from_state` makes the fitted model of."""
-        fitted, arrays = self._fitted, {}
-        for s in range(len(fitted.effects.subsets)):
-            for name in ("known", "effects", "weights"):
-                arrays[f"effects.{s}.{name}"] = torch.from_numpy(getattr(fitted.effects, name)[s])
-        arrays["weights"] = torch.from_numpy(fitted.weights)
-        arrays["scales"], arrays["scale_weights"] = fitted.mixture.scales, fitted.mixture.weights
+        arrays, meta = fitted_to_state(self._fitted)
         arrays |= {f"edges.{name}": torch.from_numpy(edges) for name, edges in self._edges.items()}
-        for g, group in enumerate(fitted.groups):
-            arrays |= {f"group.{g}.{name}": value for name, value in group.parameters.items()}
-        groups = [[group.name, list(group.kind), group.on_effects, list(group.best_epoch)] for group in fitted.groups]
-        effects = fitted.effects
-        return arrays, {
-            "params": self._params_state(),
-            "subsets": [list(subset) for subset in effects.subsets],
-            "sizes": list(effects.sizes),
-            "strengths": list(effects.strengths),
-            "noise_variance": effects.noise_variance,
-            "inflation": fitted.mixture.inflation,
-            "groups": json.loads(json.dumps(groups)),
-            "n_members": fitted.n_members,
-        }
+        return arrays, {"params": self._params_state(), **meta}
 
     def _restore(self, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        device = resolve_device(self.device)
-        parts = {
-            name: [arrays[f"effects.{s}.{name}"].numpy() for s in range(len(meta["subsets"]))]
-            for name in ("known", "effects", "weights")
-        }
-        effects = Effects(
-            tuple(tuple(subset) for subset in meta["subsets"]),
-            tuple(meta["sizes"]),
-            parts["known"],
-            parts["effects"],
-            parts["weights"],
-            tuple(meta["strengths"]),
-            meta["noise_variance"],
-        )
-        groups = []
-        for g, (name, kind, on_effects, best_epoch) in enumerate(meta["groups"]):
-            sizes, rank, head, width, hidden, n_features = kind
-            prefix = f"group.{g}."
-            parameters = {key[len(prefix) :]: v.to(device) for key, v in arrays.items() if key.startswith(prefix)}
-            kind = Kind(tuple(sizes), rank, head, width, tuple(hidden), n_features)
-            groups.append(Group(name, kind, on_effects, parameters, tuple(best_epoch)))
-        mixture = ScaleMixture(meta["inflation"], arrays["scales"], arrays["scale_weights"])
         self._edges = {key[len("edges.") :]: v.numpy() for key, v in arrays.items() if key.startswith("edges.")}
-        self._fitted = Fitted(effects, groups, arrays["weights"].numpy(), mixture, meta["n_members"])
-
-
-def _edges(coordinates: FloatArray) -> FloatArray:
-    """Edges between bins of about as many distinct coordinates each; one coordinate a bin where they are few."""
-    first = np.linspace(0, len(coordinates), min(MAX_BINS, len(coordinates)) + 1)[1:-1].round().astype(np.int64)
-    edges: FloatArray = 0.5 * (coordinates[first - 1] + coordinates[first])
-    return edges
-
-
-def _waves(column: FloatArray, coordinates: FloatArray) -> FloatArray:
-    """A line and waves over the range of the coordinates, (n, 1 + 2 WAVES); constant outside."""
-    low, high = coordinates[0], coordinates[-1]
-    unit = (column.clip(low, high) - low) / (high - low if high > low else 1.0)
-    phase = math.pi * unit[:, None] * 2.0 ** np.arange(WAVES)
-    return np.concatenate([2 * unit[:, None] - 1, np.sin(phase), np.cos(phase)], axis=1)
+        self._fitted = fitted_from_state(arrays, meta, resolve_device(self.device))

@@ -1,7 +1,8 @@
 """How neural tensor completion is fitted: effects, networks on top of them, and weights between the two kinds.
 
 Rows are dealt to folds. A member of an ensemble is trained on all folds but its own, which decides when it stops;
-predictions of rows by members that have not seen them choose the weights of the kinds and the width of intervals.
+predictions of rows by members that have not seen them choose the weights of the kinds and the width of intervals. Where
+the user has validation rows, they take the place of every member's fold, and all other rows train all members.
 
 A network on top of effects is trained on what effects leave of rows that these effects have not seen: effects of a
 row's own value would leave too little. So training rows are predicted by effects of the other rows, and neither holds
@@ -33,32 +34,17 @@ from probtensor.models.completion_effects import (
     subsets_of,
 )
 from probtensor.models.completion_network import Kind, Parameters, Rows, fill_unknown, initial, predict, train
+from probtensor.models.completion_settings import Settings
 
-__all__ = ["Fitted", "Group", "Settings", "fit_completion", "moments"]
+__all__ = ["Fitted", "Group", "fit_completion", "head_features", "moments"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 N_FOLDS = 5  # where there are not more members
 MIN_ROWS = 30  # fewer are left to the effects
 LEAST_VARIANCE = 1e-12  # of the noise of standardised values
-
-
-class Settings(NamedTuple):
-    """Parameters of `NeuralTensorCompletion` that a fit needs; see there."""
-
-    biases: bool
-    interactions: bool
-    rank: int
-    head: str | None
-    width: int
-    hidden: tuple[int, ...]
-    weight_decay: tuple[float, ...]
-    n_members: int
-    learning_rate: float
-    batch_size: int
-    max_epochs: int
-    patience: int
 
 
 class Group(NamedTuple):
@@ -72,6 +58,10 @@ class Group(NamedTuple):
         Whether they add to the effects; the head then has each effect among its inputs.
     parameters : dict of str to Tensor, members first
     best_epoch : tuple of int
+    history : Tensor, shape (epochs + 1, members)
+        Mean squared error of each member's rows held out, from the start on.
+    checkpoints : list of (parameters, rates)
+        Parameters before the best ones, and the learning rates (members,) there; see `Fit`.
     """
 
     name: str
@@ -79,6 +69,8 @@ class Group(NamedTuple):
     on_effects: bool
     parameters: Parameters
     best_epoch: tuple[int, ...]
+    history: Tensor
+    checkpoints: list[tuple[Parameters, Tensor]]
 
 
 class Fitted(NamedTuple):
@@ -108,6 +100,7 @@ def fit_completion(
     smooth: FloatArray,
     values: FloatArray,
     weight: FloatArray,
+    n_validation: int,
     settings: Settings,
     generator: torch.Generator,
     device: torch.device,
@@ -118,11 +111,14 @@ def fit_completion(
     Parameters
     ----------
     labels : ndarray, shape (n, K), int64
+        -1 where a validation row has a label that no training row has.
     sizes : sequence of int
         Labels of each mode.
     smooth : ndarray, shape (n, q)
         Smooth features of continuous modes.
     values, weight : ndarray, shape (n,)
+    n_validation : int
+        So many rows at the end are the user's validation rows; 0: each member holds out a fold.
     settings : Settings
     generator : torch.Generator
         On the CPU.
@@ -131,17 +127,22 @@ def fit_completion(
     report : callable
         Called with a group's name, the epoch and the members' mean loss.
     """
-    n, F, M = len(values), max(settings.n_members, N_FOLDS), settings.n_members
+    n, M = len(values), settings.n_members
     subsets = subsets_of(len(sizes)) if settings.biases and settings.interactions else subsets_of(2)[:0]
     subsets = subsets or tuple((mode,) for mode in range(len(sizes)))
     cells = [number_cells(labels, subset, sizes) for subset in subsets]
-    small = n < MIN_ROWS
-    fold = torch.randperm(n, generator=generator).numpy() % F
-    strengths = start_strengths(subsets) if small else choose_strengths(cells, subsets, values, weight, fold == 0)
+    own = np.arange(n) < n - n_validation  # training rows
+    small = own.sum() < MIN_ROWS
+    if n_validation:
+        unseen = [~own]
+    else:
+        fold = torch.randperm(n, generator=generator).numpy() % max(M, N_FOLDS)
+        unseen = [fold == m for m in range(M)]
+    strengths = start_strengths(subsets) if small else choose_strengths(cells, subsets, values, weight, unseen[0])
     live = [s for s, strength in enumerate(strengths) if math.isfinite(strength)]
     cells, strengths = [cells[s] for s in live], [strengths[s] for s in live]
 
-    def parts(held_out: npt.NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
+    def parts(held_out: Mask) -> tuple[FloatArray, FloatArray]:
         """Each effect (rows held out, S) of the other rows, and their variance in multiples of the noise's."""
         left = np.where(held_out, 0.0, weight)
         found, _ = fit_effects(cells, values, left, strengths)
@@ -152,21 +153,20 @@ def fit_completion(
             variance += 1 / (np.bincount(part.code, left, len(part.known))[code] + strength)
         return pieces, variance
 
-    out = np.zeros(n, dtype=bool) if small else fold < M  # rows that some member has not seen
-    pieces, spread = np.zeros((M, n, len(cells)), dtype=np.float32), np.zeros(n)
+    out = np.zeros(n, dtype=bool) if small else np.any(unseen, axis=0)  # rows that some member has not seen
+    pieces, spread = np.zeros((len(unseen), n, len(cells)), dtype=np.float32), np.zeros(n)
     plain = np.zeros(n)
     inner = torch.randperm(n, generator=generator).numpy() % N_FOLDS
-    for m in range(0 if small else M):
-        own = fold == m
-        pieces[m, own], spread[own] = parts(own)
-        plain[own] = pieces[m, own].sum(axis=1)
+    for f, left_out in enumerate([] if small else unseen):
+        pieces[f, left_out], spread[left_out] = parts(left_out)
+        plain[left_out] = pieces[f, left_out].sum(axis=1)
         for g in range(N_FOLDS if settings.biases else 0):
-            held_out = own | (inner == g)
-            pieces[m, held_out & ~own] = parts(held_out)[0][~own[held_out]]
+            held_out = left_out | (inner == g)
+            pieces[f, held_out & ~left_out] = parts(held_out)[0][~left_out[held_out]]
     candidates = [plain] if settings.biases else []
     groups = []
     if not small:
-        where = fold, pieces, smooth, labels, values, weight
+        where = unseen, pieces, smooth, labels, values, weight
         for name, on_effects, rank, head in _kinds(settings, len(sizes)):
             n_features = (len(cells) if on_effects and head else 0) + (smooth.shape[1] if head else 0)
             kind = Kind(tuple(sizes), rank, head, settings.width, settings.hidden, n_features)
@@ -176,13 +176,14 @@ def fit_completion(
     elif not candidates:
         candidates = [plain]
     weights, stacked = _stack(candidates, values, weight, out)
-    found, fitted = fit_effects(cells, values, weight, strengths)
-    rows = np.ones(n, dtype=bool) if small else out
+    train_weight = np.where(own, weight, 0.0)
+    found, fitted = fit_effects(cells, values, train_weight, strengths)
+    rows = own if small else out
     residual = (values - (fitted if small else plain))[rows]
     share = weight[rows] / weight[rows].sum()
     noise = float(share @ residual**2 / (1 + share @ spread[rows]))
     noise = max(float(share @ values[rows] ** 2) if small else noise, LEAST_VARIANCE)
-    totals = [np.bincount(part.code, weight, len(part.known)).astype(np.float64) for part in cells]
+    totals = [np.bincount(part.code, train_weight, len(part.known)).astype(np.float64) for part in cells]
     known = [part.known for part in cells]
     effects = Effects(tuple(subsets[s] for s in live), tuple(sizes), known, found, totals, tuple(strengths), noise)
     mixture = ScaleMixture(1.0, torch.ones(1).double(), torch.ones(1).double())
@@ -198,7 +199,7 @@ def moments(fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool) 
     candidates = [plain] if biases or not fitted.groups else []
     for group in fitted.groups:
         device = group.parameters["bias"].device
-        features = _features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
+        features = head_features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
         added = predict(group.kind, group.parameters, torch.from_numpy(labels).to(device), features)
         means = added.double().cpu().numpy().reshape(-1, fitted.n_members, len(labels)).mean(axis=1)
         candidates += [mean + plain if group.on_effects else mean for mean in means]
@@ -218,7 +219,7 @@ def _kinds(settings: Settings, n_modes: int) -> list[tuple[str, bool, int, str |
     return kinds
 
 
-def _features(
+def head_features(
     kind: Kind, on_effects: bool, pieces: npt.NDArray[np.float32], smooth: FloatArray, device: torch.device
 ) -> Tensor | None:
     """Inputs of the head (F, n, n_features): effects, smooth features."""
@@ -234,63 +235,62 @@ def _train(
     name: str,
     kind: Kind,
     on_effects: bool,
-    where: tuple[IntArray, npt.NDArray[np.float32], FloatArray, IntArray, FloatArray, FloatArray],
+    where: tuple[list[Mask], npt.NDArray[np.float32], FloatArray, IntArray, FloatArray, FloatArray],
     settings: Settings,
     generator: torch.Generator,
     device: torch.device,
     report: Callable[[str, int, float], None],
 ) -> tuple[Group, list[FloatArray]]:
     """Members of one kind, and what those of each weight decay predict of the rows that they have not seen, (n,)."""
-    fold, pieces, smooth, labels, values, weight = where
-    M, n, decays = settings.n_members, len(values), settings.weight_decay
-    offset = pieces.sum(axis=2, dtype=np.float64) if on_effects else np.zeros((M, n))
-    features = _features(kind, on_effects, pieces, smooth, device)
+    unseen, pieces, smooth, labels, values, weight = where
+    F, M, n, decays = len(unseen), settings.n_members, len(values), settings.weight_decay
+    offset = pieces.sum(axis=2, dtype=np.float64) if on_effects else np.zeros((F, n))
+    features = head_features(kind, on_effects, pieces, smooth, device)
     rows = Rows(
         torch.from_numpy(labels).to(device),
         features,
         torch.from_numpy((values - offset).astype(np.float32)).to(device),
         torch.from_numpy(weight.astype(np.float32)).to(device),
     )
-    train_rows = [np.flatnonzero(fold != m) for m in range(M)]
-    fewest = min(len(part) for part in train_rows)
-    test_rows = [np.flatnonzero(fold == m) for m in range(M)]
-    most = max(len(part) for part in test_rows)
-    padded = np.stack([np.append(part, np.full(most - len(part), -1)) for part in test_rows])
-    size = M * len(decays)
+    train_rows, test_rows = [np.flatnonzero(~part) for part in unseen], [np.flatnonzero(part) for part in unseen]
+    fewest, most = min(map(len, train_rows)), max(map(len, test_rows))
     # Folds differ by a row at most: members with one more leave it out.
-    train_index = torch.from_numpy(np.stack([part[:fewest] for part in train_rows])).repeat(len(decays), 1).to(device)
-    parameters = initial(kind, size, generator, torch.float32)
+    train_index = torch.from_numpy(np.stack([part[:fewest] for part in train_rows]))
+    test_index = torch.from_numpy(np.stack([np.append(part, np.full(most - len(part), -1)) for part in test_rows]))
+    copies = M * len(decays) // F
+    parameters = initial(kind, F * copies, generator, torch.float32)
     fit = train(
         kind,
         {key: value.to(device) for key, value in parameters.items()},
         rows,
-        train_index,
-        torch.from_numpy(padded).repeat(len(decays), 1).to(device),
+        train_index.repeat(copies, 1).to(device),
+        test_index.repeat(copies, 1).to(device),
         torch.tensor(decays, dtype=torch.float32).repeat_interleave(M).to(device),
         generator,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
         max_epochs=settings.max_epochs,
         patience=settings.patience,
+        n_checkpoints=settings.n_checkpoints - 1,
         report=lambda epoch, loss: report(name, epoch, loss),
     )
-    seen = torch.zeros(M, sum(s + 1 for s in kind.sizes), dtype=torch.bool)
+    seen = torch.zeros(F, sum(s + 1 for s in kind.sizes), dtype=torch.bool)
     first = np.cumsum([0, *(s + 1 for s in kind.sizes)])[:-1]
-    for m in range(M):
-        seen[m, torch.from_numpy((labels[train_rows[m]] + first).ravel())] = True
-    filled = fill_unknown(kind, fit.parameters, seen.repeat(len(decays), 1).to(device))
+    for f in range(F):
+        seen[f, torch.from_numpy((labels[train_rows[f]] + first).ravel())] = True
+    filled = fill_unknown(kind, fit.parameters, seen.repeat(copies, 1).to(device))
     added = np.zeros((len(decays), n))
-    for m in range(M):
-        of_fold = {key: value[m::M] for key, value in filled.items()}
-        at = torch.from_numpy(test_rows[m]).to(device)
-        inputs = None if features is None else features[m : m + 1, at]
-        added[:, test_rows[m]] = predict(kind, of_fold, rows.labels[at], inputs).double().cpu().numpy()
-        added[:, test_rows[m]] += offset[m, test_rows[m]]
-    return Group(name, kind, on_effects, filled, tuple(fit.epoch.tolist())), list(added)
+    for f, at in enumerate(test_rows):
+        of_fold = {key: value[f::F] for key, value in filled.items()}
+        inputs = None if features is None else features[f : f + 1, torch.from_numpy(at).to(device)]
+        found = predict(kind, of_fold, rows.labels[torch.from_numpy(at).to(device)], inputs).double().cpu().numpy()
+        added[:, at] = found.reshape(len(decays), -1, len(at)).mean(axis=1) + offset[f, at]
+    group = Group(name, kind, on_effects, filled, tuple(fit.epoch.tolist()), fit.history.cpu(), fit.checkpoints)
+    return group, list(added)
 
 
 def _stack(
-    candidates: list[FloatArray], values: FloatArray, weight: FloatArray, out: npt.NDArray[np.bool_]
+    candidates: list[FloatArray], values: FloatArray, weight: FloatArray, out: Mask
 ) -> tuple[FloatArray, FloatArray]:
     """Weights that are not negative and sum to one, of least squared error on rows held out; and what they predict."""
     if not out.any() or len(candidates) == 1 or not values[out].any():

@@ -25,7 +25,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-__all__ = ["Fit", "Kind", "Rows", "fill_unknown", "initial", "predict", "train"]
+__all__ = [
+    "Fit",
+    "Kind",
+    "Rows",
+    "before_output",
+    "fill_unknown",
+    "forward",
+    "initial",
+    "output_name",
+    "places",
+    "predict",
+    "train",
+]
 
 Parameters = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor | None, Tensor, Tensor]  # labels, features, targets, weights
@@ -62,12 +74,17 @@ class Kind(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Best parameters of each member; tensors (M,) of their epochs and losses, and the losses (epochs + 1, M)."""
+    """Best parameters of each member; tensors (M,) of their epochs and losses, and the losses (epochs + 1, M).
+
+    Checkpoints are parameters before the best ones, and the learning rate (M,) that they had; 0 for members whose best
+    epoch had come.
+    """
 
     parameters: Parameters
     epoch: Tensor
     loss: Tensor
     history: Tensor
+    checkpoints: list[tuple[Parameters, Tensor]]
 
 
 def initial(kind: Kind, n_members: int, generator: torch.Generator, dtype: torch.dtype) -> Parameters:
@@ -109,6 +126,22 @@ def forward(kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor
         Rows in the tables of parameters, of all members one after the other.
     features : Tensor, shape (M, B, n_features), or None
     """
+    out, last = before_output(kind, parameters, labels, features)
+    name = output_name(kind)
+    return out if last is None or name is None else out + torch.bmm(last, parameters[name]).squeeze(-1)
+
+
+def output_name(kind: Kind) -> str | None:
+    """The parameter that the last layer multiplies by: that of the head, else the gates of the interactions."""
+    if kind.head is not None:
+        return "out"
+    return "gate" if kind.rank and len(kind.sizes) > 1 else None
+
+
+def before_output(
+    kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What does not go through the last layer, (M, B), and what goes into it, (M, B, width); see `forward`."""
     M, B, K = labels.shape
 
     def look_up(name: str) -> Tensor:  # (M, B, K, width)
@@ -121,9 +154,12 @@ def forward(kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor
         product = 1 + factor[:, :, 0]
         for k in range(1, K):
             product = product * (1 + factor[:, :, k])
-        out = out + torch.bmm(product - 1 - factor.sum(dim=2), parameters["gate"]).squeeze(-1)
+        product = product - 1 - factor.sum(dim=2)
+        if kind.head is None:
+            return out, product
+        out = out + torch.bmm(product, parameters["gate"]).squeeze(-1)
     if kind.head is None:
-        return out
+        return out, None
     hidden = look_up("embedding")
     if kind.head == "costco":
         mixed = torch.matmul(hidden.transpose(2, 3).flatten(1, 2), parameters["across"]) + parameters["across_bias"]
@@ -136,7 +172,7 @@ def forward(kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor
     while f"weight{layer}" in parameters:
         hidden = relu(torch.baddbmm(parameters[f"shift{layer}"], hidden, parameters[f"weight{layer}"]))
         layer += 1
-    return out + torch.bmm(hidden, parameters["out"]).squeeze(-1)
+    return out, hidden
 
 
 def places(kind: Kind, labels: Tensor, n_members: int) -> Tensor:
@@ -196,6 +232,7 @@ def train(
     batch_size: int,
     max_epochs: int,
     patience: int,
+    n_checkpoints: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> Fit:
     """Train all members; each keeps the parameters of its best epoch, which may be the start.
@@ -216,6 +253,8 @@ def train(
         The highest; it rises at first and falls with the cosine.
     batch_size, max_epochs, patience : int
         A fit ends when no member has become better for `patience` epochs.
+    n_checkpoints : int, default 0
+        Epochs, evenly spaced, whose parameters are kept.
     report : callable, optional
         Called with the epoch and the mean of the members' best losses.
 
@@ -232,6 +271,8 @@ def train(
     n = train_rows.shape[1]
     n_batches = max(n // batch_size, 1)
     n_steps, step = max_epochs * n_batches, 0
+    kept = set(torch.linspace(0, max_epochs, n_checkpoints + 2).round().int().tolist()[1:-1])
+    checkpoints: list[tuple[int, Parameters, float]] = []
     for epoch in range(1, max_epochs + 1):
         order = torch.stack([torch.randperm(n, generator=generator) for _ in range(M)]).to(device)
         shuffled = train_rows.gather(1, order)
@@ -248,9 +289,14 @@ def train(
                 best[name][better] = value.detach()[better]
         if report is not None:
             report(epoch, float(best_loss.mean()))
+        if epoch in kept:
+            now = {name: value.detach().clone() for name, value in parameters.items()}
+            checkpoints.append((epoch, now, learning_rate * min(rise, fall)))
         if epoch - int(best_epoch.max()) >= patience:
             break
-    return Fit(best, best_epoch, best_loss, torch.stack(history))
+    before = [(now, torch.where(best_epoch > epoch, rate, 0.0)) for epoch, now, rate in checkpoints]
+    used = [(now, rate) for now, rate in before if rate.any()]
+    return Fit(best, best_epoch, best_loss, torch.stack(history), used)
 
 
 def adam_step(

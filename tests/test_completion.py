@@ -355,3 +355,108 @@ def test_no_warnings_while_fitting_and_predicting():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         NeuralTensorCompletion(**QUICK).fit(X[:100], Y[:100]).predict(X[:100])
+
+
+# Validation rows of the user's, and influence
+
+
+def test_validation_rows_choose_and_are_not_trained_on():
+    model = NeuralTensorCompletion(**QUICK | {"max_epochs": 6}).fit(
+        X[:2000], Y[:2000], X_val=X[2000:2500], y_val=Y[2000:2500]
+    )
+    assert pt.metrics.rmse(Y[TEST], model.predict(X[TEST])) < 2.5 * NOISE
+    shifted = NeuralTensorCompletion(**QUICK | {"max_epochs": 6}).fit(
+        X[:2000], Y[:2000], X_val=X[2000:2500], y_val=Y[2000:2500] + 50
+    )
+    assert abs(np.mean(shifted.predict(X[TEST]) - Y[TEST])) < 10
+    for candidate, curves in model.validation_rmse_.items():
+        assert curves.shape[1] == 2
+        best = curves.min(axis=0)
+        assert [int(np.argmin(curve)) for curve in curves.T] == list(model.best_epochs_[candidate])
+        assert (best > 0.5 * NOISE).all()
+
+
+def test_validation_rows_may_have_labels_that_training_rows_lack():
+    strange = X[:3].copy()
+    strange["mode0"] = "new"
+    model = NeuralTensorCompletion(**QUICK).fit(
+        X[TRAIN], Y[TRAIN], X_val=pd.concat([X[TEST], strange]), y_val=np.append(Y[TEST], Y[:3])
+    )
+    assert model.unknown(strange)["mode0"].all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"head": "costco"}, {"head": None}, {"biases": False}])
+def test_influence_finds_the_rows_whose_values_are_wrong(settings):
+    rng = np.random.default_rng(0)
+    wrong = rng.choice(2000, 100, replace=False)
+    y = Y.copy()
+    y[wrong] += 8 * rng.choice([-1, 1], 100)
+    settings = QUICK | {"max_epochs": 5, "n_checkpoints": 3} | settings
+    model = NeuralTensorCompletion(**settings).fit(X[:2000], y[:2000], X_val=X[2000:2500], y_val=Y[2000:2500])
+    for parameters in ("all", "last"):
+        scores = model.influence(X[:2000], y[:2000], X[2000:2500], Y[2000:2500], parameters=parameters)
+        assert scores.shape == (2000,)
+        size = np.abs(scores)
+        assert np.median(size[wrong]) > 3 * np.median(np.delete(size, wrong))
+    np.testing.assert_array_equal(
+        model.influence(X[:9], y[:9], X[TEST], Y[TEST], signed=False),
+        np.abs(model.influence(X[:9], y[:9], X[TEST], Y[TEST])),
+    )
+
+
+def test_influence_is_that_of_each_member_by_its_own_gradient():
+    model = NeuralTensorCompletion(**QUICK | {"biases": False, "weight_decay": 1.0, "n_checkpoints": 2}).fit(
+        X[:300], Y[:300]
+    )
+    rows, query = (X[:20], Y[:20]), (X[300:310], Y[300:310])
+    found = model.influence(*rows, *query)
+    group, total = model._fitted.groups[0], torch.zeros(20)
+    scale = lambda y: torch.from_numpy((y - model.y_mean_) / model.y_scale_).float()  # noqa: E731
+    labels = [torch.from_numpy(model._rows(*part, "X", "y")[0]) for part in (rows, query)]
+    for m in range(2):
+        states = [(state, float(rates[m])) for state, rates in group.checkpoints if rates[m] > 0]
+        last = float(np.mean([rate for _, rate in states])) if states else 1.0
+        for state, rate in [*states, (group.parameters, last)]:
+            own = {name: value[m : m + 1] for name, value in state.items()}
+
+            def gradient(label, y, own=own):
+                own = {name: value.clone().requires_grad_() for name, value in own.items()}
+                loss = 0.5 * (forward(group.kind, own, places(group.kind, label[None], 1), None)[0, 0] - y) ** 2
+                return torch.cat([g.ravel() for g in torch.autograd.grad(loss, list(own.values()))])
+
+            v = sum(gradient(label, y) for label, y in zip(labels[1], scale(query[1]), strict=True))
+            total += (
+                rate
+                / 2
+                * torch.stack([gradient(label, y) @ v for label, y in zip(labels[0], scale(rows[1]), strict=True)])
+            )
+    np.testing.assert_allclose(found, total.numpy() * model.y_scale_**2, rtol=1e-4, atol=1e-4 * np.abs(found).max())
+
+
+def test_influence_and_curves_come_back_from_a_file(tmp_path):
+    model = NeuralTensorCompletion(**QUICK | {"n_checkpoints": 2}).fit(X[:300], Y[:300])
+    model.save(tmp_path / "c.model")
+    loaded = pt.load(tmp_path / "c.model")
+    given = X[:50], Y[:50], X[TEST], Y[TEST]
+    np.testing.assert_array_equal(loaded.influence(*given), model.influence(*given))
+    for name, curves in model.validation_rmse_.items():
+        np.testing.assert_array_equal(loaded.validation_rmse_[name], curves)
+
+
+def test_bad_validation_rows_and_queries_are_named():
+    model = NeuralTensorCompletion(**QUICK)
+    with pytest.raises(ValueError, match=r"^y_val: expected one with X_val, got None"):
+        model.fit(X[:50], Y[:50], X_val=X[50:60])
+    with pytest.raises(ValueError, match=r"^y_val: expected shape \(10,\) as X_val has rows, got \(3,\)"):
+        model.fit(X[:50], Y[:50], X_val=X[50:60], y_val=Y[:3])
+    with pytest.raises(ValueError, match=r"^y_val: expected finite values"):
+        model.fit(X[:50], Y[:50], X_val=X[50:51], y_val=[np.nan])
+    model.fit(X[:50], Y[:50])
+    with pytest.raises(ValueError, match=r"^parameters: expected"):
+        model.influence(X[:5], Y[:5], X[5:9], Y[5:9], parameters="some")
+    with pytest.raises(ValueError, match=r"^y_query: expected shape"):
+        model.influence(X[:5], Y[:5], X[5:9], Y[5:6])
+    with pytest.raises(ValueError, match=r"^head, rank: expected a network or factors"):
+        NeuralTensorCompletion(**QUICK | {"head": None, "rank": 0}).fit(X[:50], Y[:50]).influence(
+            X[:5], Y[:5], X[5:9], Y[5:9]
+        )

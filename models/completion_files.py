@@ -1,0 +1,73 @@
+"""A fitted neural completion as arrays and JSON values, and back."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probtensor.calibration import ScaleMixture
+from probtensor.models.completion_effects import Effects
+from probtensor.models.completion_fit import Fitted, Group
+from probtensor.models.completion_network import Kind
+
+__all__ = ["fitted_from_state", "fitted_to_state"]
+
+OF_EFFECTS = "known", "effects", "weights"  # one array for each subset of modes
+
+
+def fitted_to_state(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Arrays and JSON values of a fitted model, all but its parameters and axes."""
+    effects = fitted.effects
+    arrays: dict[str, Tensor] = {}
+    for s in range(len(effects.subsets)):
+        arrays |= {f"effects.{s}.{name}": torch.from_numpy(getattr(effects, name)[s]) for name in OF_EFFECTS}
+    arrays["weights"] = torch.from_numpy(fitted.weights)
+    arrays["scales"], arrays["scale_weights"] = fitted.mixture.scales, fitted.mixture.weights
+    for g, group in enumerate(fitted.groups):
+        arrays |= {f"group.{g}.{name}": value for name, value in group.parameters.items()}
+        arrays[f"history.{g}"] = group.history
+        for c, (parameters, rates) in enumerate(group.checkpoints):
+            arrays |= {f"checkpoint.{g}.{c}.{name}": value for name, value in parameters.items()}
+            arrays[f"rates.{g}.{c}"] = rates
+    groups = [
+        [group.name, list(group.kind), group.on_effects, list(group.best_epoch), len(group.checkpoints)]
+        for group in fitted.groups
+    ]
+    return arrays, {
+        "subsets": [list(subset) for subset in effects.subsets],
+        "sizes": list(effects.sizes),
+        "strengths": list(effects.strengths),
+        "noise_variance": effects.noise_variance,
+        "inflation": fitted.mixture.inflation,
+        "groups": json.loads(json.dumps(groups)),
+        "n_members": fitted.n_members,
+    }
+
+
+def fitted_from_state(arrays: dict[str, Tensor], meta: dict[str, Any], device: torch.device) -> Fitted:
+    """What `fitted_to_state` was given, with the networks on a device."""
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {key[len(prefix) :]: value.to(device) for key, value in arrays.items() if key.startswith(prefix)}
+
+    parts = {name: [arrays[f"effects.{s}.{name}"].numpy() for s in range(len(meta["subsets"]))] for name in OF_EFFECTS}
+    effects = Effects(
+        tuple(tuple(subset) for subset in meta["subsets"]),
+        tuple(meta["sizes"]),
+        parts["known"],
+        parts["effects"],
+        parts["weights"],
+        tuple(meta["strengths"]),
+        meta["noise_variance"],
+    )
+    groups = []
+    for g, (name, (sizes, rank, head, width, hidden, n_features), on_effects, best_epoch, n) in enumerate(
+        meta["groups"]
+    ):
+        kind = Kind(tuple(sizes), rank, head, width, tuple(hidden), n_features)
+        checkpoints = [(under(f"checkpoint.{g}.{c}."), arrays[f"rates.{g}.{c}"].to(device)) for c in range(n)]
+        history = arrays[f"history.{g}"]
+        groups.append(Group(name, kind, on_effects, under(f"group.{g}."), tuple(best_epoch), history, checkpoints))
+    mixture = ScaleMixture(meta["inflation"], arrays["scales"], arrays["scale_weights"])
+    return Fitted(effects, groups, arrays["weights"].numpy(), mixture, meta["n_members"])
