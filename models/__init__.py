@@ -3,6 +3,7 @@
 from probtensor.models.additive_coders import BSC as BSC
 from probtensor.models.additive_coders import DSC as DSC
 from probtensor.models.additive_coders import TSC as TSC
+from probtensor.models.augmentation import DAIN as DAIN
 from probtensor.models.completion import NeuralTensorCompletion as NeuralTensorCompletion
 from probtensor.models.funbat import FunBaT as FunBaT
 from probtensor.models.gaussian_coder import GSC as GSC
@@ -12,4 +13,17 @@ from probtensor.models.mixtures import MoG as MoG
 from probtensor.models.mixtures import MoP as MoP
 from probtensor.models.noisy_or import NoisyOR as NoisyOR
 
-__all__ = ["BSC", "DSC", "GSC", "MCA", "MMCA", "TSC", "FunBaT", "MoG", "MoP", "NeuralTensorCompletion", "NoisyOR"]
+__all__ = [
+    "BSC",
+    "DAIN",
+    "DSC",
+    "GSC",
+    "MCA",
+    "MMCA",
+    "TSC",
+    "FunBaT",
+    "MoG",
+    "MoP",
+    "NeuralTensorCompletion",
+    "NoisyOR",
+]

@@ -318,6 +318,10 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
         ----------
         path : path-like
         """
+        write_state(path, *self.state())
+
+    def state(self) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+        """What `save` writes: the kind of model, arrays and JSON values."""
         check_is_fitted(self, "axes_")
         arrays, meta = self.to_state()
         shell = {
@@ -327,7 +331,7 @@ class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]
             "dtype": self.dtype_.name,
             "seen": {name: seen.tolist() for name, seen in self._seen.items()},
         }
-        write_state(path, f"{type(self).__module__}.{type(self).__qualname__}", arrays, {"shell": shell, **meta})
+        return f"{type(self).__module__}.{type(self).__qualname__}", arrays, {"shell": shell, **meta}
 
     @classmethod
     def from_state(cls, arrays: dict[str, Tensor], meta: dict[str, Any]) -> Self:

@@ -27,7 +27,7 @@ from safetensors.torch import save as save_tensors
 
 import probtensor
 
-__all__ = ["load", "read_header", "read_state", "state_from_bytes", "write_state"]
+__all__ = ["estimator_from", "load", "read_header", "read_state", "state_from_bytes", "write_state"]
 
 FORMAT_VERSION = 2  # 1: other smoothed states
 HEADER_KEY = "probtensor"
@@ -180,10 +180,30 @@ def load(path: str | os.PathLike[str]) -> Any:
     FileNotFoundError: no model file at no/such.model
     """
     kind, arrays, meta = read_state(path)
+    return estimator_from(kind, arrays, meta, os.fspath(path))
+
+
+def estimator_from(kind: str, arrays: dict[str, torch.Tensor], meta: dict[str, Any], source: str = "a state") -> Any:
+    """The fitted estimator of a state.
+
+    Parameters
+    ----------
+    kind : str
+        Dotted name of its class.
+    arrays, meta
+        As `write_state` was given them.
+    source : str
+        Where they come from, for messages.
+
+    Raises
+    ------
+    ValueError
+        If this version has no such model.
+    """
     match = KIND.fullmatch(kind)
     if match is None:
-        raise ValueError(f"{os.fspath(path)} names the class {kind!r}, which is not one of probtensor.models")
-    unknown = f"{os.fspath(path)} holds a {kind}, which probtensor {probtensor.__version__} does not have"
+        raise ValueError(f"{source} names the class {kind!r}, which is not one of probtensor.models")
+    unknown = f"{source} holds a {kind}, which probtensor {probtensor.__version__} does not have"
     try:
         module = importlib.import_module(match["module"])
     except ModuleNotFoundError as error:
@@ -195,7 +215,7 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise ValueError(unknown)
     from_state = getattr(estimator, "from_state", None)
     if not callable(from_state):
-        raise ValueError(f"{os.fspath(path)} holds a {kind}, which cannot be loaded: it has no from_state")
+        raise ValueError(f"{source} holds a {kind}, which cannot be loaded: it has no from_state")
     return from_state(arrays, meta)
 
 
