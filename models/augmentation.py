@@ -5,7 +5,7 @@ model is fitted to the observed and the new cells together. Which cells are adde
 entities, in DAIN the influence that the entities' cells had on the loss of validation cells.
 
 What was measured (docs/completion.md): the new cells help where their values come from a better model than the one that
-is trained on them; whose entities they have matters little; and the mean of the two models is better than either.
+is trained on them, and then the more the better; whose entities they have matters little.
 
 References
 ----------
@@ -49,7 +49,7 @@ CHOICES = {
     "aggregate": ("sum", "mean"),
     "sign": ("absolute", "helpful"),
     "parameters": ("last", "all"),
-    "keep": ("average", "if_better", "always"),
+    "keep": ("weighted", "if_better", "always"),
 }
 
 
@@ -62,8 +62,8 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         The model that is fitted twice: any with ``fit`` and ``predict`` for tables of cells; ``fit`` is given
         ``sample_weight``, ``X_val`` and ``y_val`` where it takes them. Default: the network of the paper, a perceptron
         over embeddings, as `NeuralTensorCompletion`.
-    ratio : float, default 0.5
-        New cells for each training cell.
+    ratio : float, default 3.0
+        New cells for each training cell; 0.5 in the paper. The second fit takes ``1 + ratio`` times as long.
     importance : {"influence", "frequency", "uniform"}, default "influence"
         What makes an entity important: its cells' influence on the loss of the validation cells (`estimator` then has a
         method ``influence``); their number; or that it has one.
@@ -79,9 +79,9 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         What gives the new cells their values: an estimator that is fitted to the training cells (in sklearn's
         ``FrozenEstimator``, a fitted one stays as it is), or the trained `estimator` itself, as in the paper.
         Default: effects of labels and their combinations, ``NeuralTensorCompletion(head=None, rank=0)``.
-    keep : {"average", "if_better", "always"}, default "average"
-        The prediction: the mean of the two models; that of the second if it is better on the validation cells, else of
-        the first; or that of the second.
+    keep : {"weighted", "if_better", "always"}, default "weighted"
+        The prediction: a weighted mean of the two models, its weight that of least squared error on the validation
+        cells; that of the second if it is better on them, else that of the first; or that of the second.
     validation_fraction : float, default 0.2
         Share of the cells that are held out to measure influence, stop training and calibrate, where `fit` is not given
         any.
@@ -99,9 +99,9 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     X_augmented_, y_augmented_ : DataFrame, ndarray
         The new cells and their values: ``ratio`` times the training cells, or fewer where there are not so many free.
     validation_rmse_ : dict of str to float
-        Of the first model, the second, and their mean.
-    kept_ : {"first", "second", "average"}
-        What predicts.
+        Of the first model, the second, and what is kept of them.
+    weight_ : float
+        Of the second model in the prediction, from 0 to 1.
     n_features_in_, feature_names_in_
         Number and names of the modes.
 
@@ -109,7 +109,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     -----
     The authors of the paper have applied for a patent on their pipeline (US 2023/0244926).
 
-    As published: ``DAIN(predictor="self", keep="always")``. Table and advice: docs/completion.md. In short: the default
+    As published: ``DAIN(ratio=0.5, predictor="self", keep="always")``. Table and advice: docs/completion.md. In short: the default
     `NeuralTensorCompletion` alone predicts better than a plain network with any augmentation.
 
     References
@@ -130,7 +130,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def __init__(
         self,
         estimator: Any = None,
-        ratio: float = 0.5,
+        ratio: float = 3.0,
         *,
         importance: Literal["influence", "frequency", "uniform"] = "influence",
         aggregate: Literal["sum", "mean"] = "sum",
@@ -138,7 +138,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         parameters: Literal["last", "all"] = "last",
         preconditioner: Preconditioner | None = None,
         predictor: Any = None,
-        keep: Literal["average", "if_better", "always"] = "average",
+        keep: Literal["weighted", "if_better", "always"] = "weighted",
         validation_fraction: float = 0.2,
         random_state: RandomState = None,
     ) -> None:
@@ -222,6 +222,9 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"ratio: expected a number of at least 0, got {self.ratio!r}")
         if not (is_number(self.validation_fraction) and 0 < self.validation_fraction < 1):
             raise ValueError(f"validation_fraction: expected a number in (0, 1), got {self.validation_fraction!r}")
+        likelihood = getattr(self._estimator(), "likelihood", "gaussian")
+        if likelihood not in ("gaussian", "student-t"):
+            raise ValueError(f'estimator: expected one of real values, got one with likelihood="{likelihood}"')
         if isinstance(self.predictor, str) and self.predictor != "self":
             raise ValueError(f'predictor: expected an estimator, None or "self", got {self.predictor!r}')
         if self.importance == "influence" and not hasattr(self._estimator(), "influence"):
@@ -281,11 +284,15 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             warnings.simplefilter("ignore", UnknownLabelWarning)
             first, second = self._predictions(table)
             unit = self._unit(table)
-        means = {"first": first, "second": second, "average": 0.5 * (first + second)}
-        self.validation_rmse_ = {name: rmse(values, mean) for name, mean in means.items()}
-        better = self.validation_rmse_["second"] < self.validation_rmse_["first"]
-        self.kept_ = {"average": "average", "always": "second"}.get(self.keep, "second" if better else "first")
-        residual = (values - means[self.kept_]) / unit
+        step = second - first
+        best = float(step @ (values - first)) / max(float(step @ step), np.finfo(np.float64).tiny)
+        better = float(rmse(values, second) < rmse(values, first))
+        self.weight_ = {"weighted": min(max(best, 0.0), 1.0), "if_better": better, "always": 1.0}[self.keep]
+        kept = first + self.weight_ * step
+        self.validation_rmse_ = {
+            name: rmse(values, mean) for name, mean in {"first": first, "second": second, "kept": kept}.items()
+        }
+        residual = (values - kept) / unit
         if len(residual) < MIN_RESIDUALS:
             scale = max(float(np.sqrt(np.mean(residual**2))), 1e-12)
             self._mixture = ScaleMixture(1.0, torch.tensor([scale]).double(), torch.ones(1).double())
@@ -320,7 +327,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """
         table = self._columns(X)
         first, second = self._predictions(table)
-        mean = {"first": first, "second": second, "average": 0.5 * (first + second)}[self.kept_]
+        mean = first + self.weight_ * (second - first)
         if not return_std:
             return mean
         mixture = self._mixture
@@ -356,7 +363,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return lower, upper
 
     def _columns(self, X: Any) -> pd.DataFrame:
-        check_is_fitted(self, "kept_")
+        check_is_fitted(self, "weight_")
         return self._like(X, pd.DataFrame(columns=self.feature_names_in_), "X")
 
     @staticmethod
@@ -378,7 +385,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         ValueError
             If the estimators are not of probtensor.
         """
-        check_is_fitted(self, "kept_")
+        check_is_fitted(self, "weight_")
         arrays = {"scales": self._mixture.scales, "weights": self._mixture.weights}
         parts = {}
         for name in ("estimator_", "augmented_estimator_"):
@@ -394,7 +401,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             "params": params,
             "parts": parts,
             "inflation": self._mixture.inflation,
-            "kept": self.kept_,
+            "weight": self.weight_.hex(),
             "validation_rmse": self.validation_rmse_,
             "columns": [str(name) for name in self.feature_names_in_],
         }
@@ -409,7 +416,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             setattr(model, name, estimator_from(kind, part, own))
         model.estimator = clone(model.estimator_)
         model._mixture = ScaleMixture(meta["inflation"], arrays["scales"], arrays["weights"])
-        model.kept_, model.validation_rmse_ = meta["kept"], meta["validation_rmse"]
+        model.weight_, model.validation_rmse_ = float.fromhex(meta["weight"]), meta["validation_rmse"]
         model.feature_names_in_ = np.array(meta["columns"], dtype=object)
         model.n_features_in_ = len(meta["columns"])
         return model

@@ -53,7 +53,7 @@ def rows(table: pd.DataFrame) -> set[tuple[object, ...]]:
 
 @pytest.fixture(scope="module")
 def fitted() -> DAIN:
-    return DAIN(NET, random_state=0).fit(X[TRAIN], Y[TRAIN], X_exclude=X[TEST])
+    return DAIN(NET, 0.5, random_state=0).fit(X[TRAIN], Y[TRAIN], X_exclude=X[TEST])
 
 
 # Entities and cells
@@ -146,11 +146,16 @@ def test_importance_is_labelled_and_adds_up(fitted):
         assert shares.sum() == pytest.approx(1)
 
 
-def test_the_prediction_is_the_mean_of_both_models_and_intervals_cover(fitted):
+def test_the_prediction_weighs_both_models_as_validation_says_and_intervals_cover(fitted):
     first, second = fitted.estimator_.predict(X[TEST]), fitted.augmented_estimator_.predict(X[TEST])
     mean, std = fitted.predict(X[TEST], return_std=True)
-    np.testing.assert_allclose(mean, (first + second) / 2)
-    assert set(fitted.validation_rmse_) == {"first", "second", "average"}
+    np.testing.assert_allclose(mean, (1 - fitted.weight_) * first + fitted.weight_ * second)
+    held_out = fitted.cell_importance_.isna().to_numpy()
+    check = [model.predict(X[TRAIN][held_out]) for model in (fitted.estimator_, fitted.augmented_estimator_)]
+    tried = [pt.metrics.rmse(Y[TRAIN][held_out], (1 - w) * check[0] + w * check[1]) for w in np.linspace(0, 1, 101)]
+    assert fitted.weight_ == pytest.approx(np.argmin(tried) / 100, abs=0.006)
+    assert fitted.validation_rmse_["kept"] <= min(tried) + 1e-12
+    assert set(fitted.validation_rmse_) == {"first", "second", "kept"}
     lower, upper = fitted.predict_interval(X[TEST])
     assert 0.75 < np.mean((lower <= Y[TEST]) & (Y[TEST] <= upper)) < 0.99
     np.testing.assert_allclose(fitted.predictive(X[TEST]).std, std)
@@ -159,13 +164,13 @@ def test_the_prediction_is_the_mean_of_both_models_and_intervals_cover(fitted):
 
 def test_good_values_from_another_model_help_and_are_kept_only_if_they_do():
     better = DAIN(NET, ratio=2.0, keep="if_better", random_state=0).fit(X[TRAIN], Y[TRAIN])
-    assert better.kept_ == "second"
+    assert better.weight_ == 1
     assert better.validation_rmse_["second"] < better.validation_rmse_["first"]
     np.testing.assert_array_equal(better.predict(X[TEST]), better.augmented_estimator_.predict(X[TEST]))
     nonsense = PerModeBiases().fit(X[TRAIN], 100 * np.random.default_rng(0).normal(size=500))
     worse = DAIN(NET, ratio=2.0, keep="if_better", predictor=FrozenEstimator(nonsense), random_state=0)
     worse.fit(X[TRAIN], Y[TRAIN])
-    assert worse.kept_ == "first"
+    assert worse.weight_ == 0
     np.testing.assert_array_equal(worse.predict(X[TEST]), worse.estimator_.predict(X[TEST]))
     np.testing.assert_array_equal(worse.y_augmented_, nonsense.predict(worse.X_augmented_))
 
@@ -173,7 +178,7 @@ def test_good_values_from_another_model_help_and_are_kept_only_if_they_do():
 def test_the_paper_form_takes_values_from_the_model_itself():
     model = DAIN(NET, predictor="self", keep="always", random_state=0).fit(X[TRAIN], Y[TRAIN])
     np.testing.assert_array_equal(model.y_augmented_, model.estimator_.predict(model.X_augmented_))
-    assert model.kept_ == "second"
+    assert model.weight_ == 1
 
 
 @pytest.mark.parametrize("importance", ["influence", "frequency", "uniform"])
@@ -199,7 +204,7 @@ def test_other_estimators_are_fitted_too():
     functional = FunBaT(rank=1, max_iter=20, progress=False, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = DAIN(NET, predictor=functional, random_state=0).fit(X[:200], Y[:200])
+        model = DAIN(NET, 0.5, predictor=functional, random_state=0).fit(X[:200], Y[:200])
     assert len(model.y_augmented_) == 80
 
 
@@ -253,7 +258,7 @@ def test_a_saved_model_predicts_the_same_bits(fitted, tmp_path):
         fitted.predict(X[TEST], return_std=True), loaded.predict(X[TEST], return_std=True), strict=True
     ):
         np.testing.assert_array_equal(own, other)
-    assert loaded.kept_ == fitted.kept_
+    assert loaded.weight_ == fitted.weight_
     assert loaded.validation_rmse_ == fitted.validation_rmse_
     biases = DAIN(PerModeBiases(), importance="uniform", random_state=0).fit(X[:50], Y[:50])
     with pytest.raises(ValueError, match=r"^estimator: expected a model of probtensor to save, got PerModeBiases"):
@@ -292,6 +297,8 @@ def test_bad_rows_are_named():
     model = DAIN(NET, random_state=0)
     with pytest.raises(ValueError, match=r"^importance: expected .* such as Deaf"):
         DAIN(Deaf()).fit(X[:50], Y[:50])
+    with pytest.raises(ValueError, match=r"^estimator: expected one of real values, got one with likelihood=.poisson"):
+        DAIN(FunBaT(likelihood="poisson"), importance="uniform").fit(X[:50], Y[:50])
     with pytest.raises(ValueError, match=r"^sample_weight: expected None, Deaf takes no weights"):
         DAIN(Deaf(), importance="uniform").fit(X[:50], Y[:50], np.ones(50))
     with pytest.raises(ValueError, match=r"^y: expected shape \(50,\)"):
