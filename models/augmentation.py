@@ -109,8 +109,8 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     -----
     The authors of the paper have applied for a patent on their pipeline (US 2023/0244926).
 
-    As published: ``DAIN(ratio=0.5, predictor="self", keep="always")``. Table and advice: docs/completion.md. In short: the default
-    `NeuralTensorCompletion` alone predicts better than a plain network with any augmentation.
+    As published: ``DAIN(ratio=0.5, predictor="self", keep="always")``. Table and advice: docs/completion.md. In short:
+    the default `NeuralTensorCompletion` alone predicts better than a plain network with any augmentation.
 
     References
     ----------
