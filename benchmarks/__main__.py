@@ -13,7 +13,7 @@ import typer
 from sklearn.exceptions import ConvergenceWarning
 
 import probtensor as pt
-from benchmarks.completion import COMPLETION_SETS, completion_lines
+from benchmarks.completion import COMPLETION_SETS, METHODS, completion_lines
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
 from benchmarks.ranks import rank_lines
 from benchmarks.scale import scale_lines
@@ -410,11 +410,12 @@ def completion(
     data: Annotated[Path, typer.Option(help="Folder with dain_synthetic10k.npz, nyc2019_taxi_fares.npz, ….")],
     sets: Annotated[str, typer.Option(help="Data sets, separated by commas.")] = ",".join(COMPLETION_SETS),
     seeds: Annotated[str, typer.Option(help="Of splits and fits; separated by commas.")] = "0,1,2,3,4",
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
     out: Out = None,
 ) -> None:
-    """Neural tensor completion against the mean, additive effects and boosted trees, a tenth of the rows held out."""
+    """Neural tensor completion against means, effects, trees, factorizations and networks, a tenth of rows held out."""
     torch.set_num_threads(1)
-    lines = completion_lines(data, sets.split(","), [int(seed) for seed in seeds.split(",")])
+    lines = completion_lines(data, sets.split(","), [int(seed) for seed in seeds.split(",")], methods.split(","))
     _report([f"{_machine('cpu')}, one thread", "", *lines], out)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.datasets import Floats
 from probtensor.baselines import PerModeBiases
+from probtensor.estimator import UnknownLabelWarning
 from probtensor.metrics import rmse
 from probtensor.models import FunBaT
 
@@ -36,9 +37,9 @@ Integers = npt.NDArray[np.int64]
 Method = Callable[[Integers, Floats, Integers, int], tuple[Floats, Floats | None]]
 
 BATCH, EPOCHS, PATIENCE = 1024, 50, 10
-LEAST_STEPS = 3000  # small tables: epochs go on to so many steps, and patience to a tenth of them
+LEAST_STEPS = 2000  # small tables: epochs go on to so many steps at most, and patience to a tenth of them
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-PENALTIES = (0.01, 0.03, 0.1, 0.3)
+PENALTIES = (1.0, 3.0, 10.0)  # as a ridge, in observations
 RANK = 16  # of the two factorizations; the penalty chooses how much of it is used
 RANKS = (1, 2, 4, 8)  # of TensorLy's decompositions
 SWEEPS = 50  # of theirs
@@ -61,9 +62,9 @@ class Network(nn.Module):
     def embedded(self, labels: Tensor) -> Tensor:
         return self.table(labels + self.first)  # (n, K, width)
 
-    def penalty(self, labels: Tensor) -> Tensor:
-        """Sum of squares of what a row uses, the mean over the rows."""
-        return labels.new_zeros((), dtype=torch.float32)
+    def penalty(self, labels: Tensor, shares: Tensor) -> Tensor:
+        """Sum of squares of the parameters, from a batch: `shares` (n, K) of a label are one over its training rows."""
+        return shares.new_zeros(())
 
 
 class Factorization(Network):
@@ -80,9 +81,10 @@ class Factorization(Network):
         z = self.embedded(labels)
         return z[:, :, 0].sum(1) + z[:, self.modes, 1:].prod(1).sum(1)
 
-    def penalty(self, labels: Tensor) -> Tensor:
-        z = self.embedded(labels)
-        return (z[:, :, 0].square().sum(1) + z[:, self.modes, 1:].square().sum((1, 2))).mean()
+    def penalty(self, labels: Tensor, shares: Tensor) -> Tensor:
+        squares = self.embedded(labels).square()
+        factors = squares[:, self.modes, 1:].sum(2)
+        return ((shares * squares[:, :, 0]).sum(1) + (shares[:, self.modes] * factors).sum(1)).mean()
 
 
 class CoSTCo(Network):
@@ -130,6 +132,7 @@ def trained(
     """Train by Adam; leaves the weights of the best epoch, returns its mean squared error on the rows held out."""
     optimizer = torch.optim.Adam(module.parameters(), lr=rate)
     labels, values = train
+    shares = 1 / torch.stack([torch.bincount(column)[column] for column in labels.T], dim=1)
     n_batches = math.ceil(len(values) / BATCH)
     epochs, patience = max(EPOCHS, LEAST_STEPS // n_batches), max(PATIENCE, LEAST_STEPS // 10 // n_batches)
     best, best_epoch, weights = math.inf, 0, deepcopy(module.state_dict())
@@ -137,7 +140,7 @@ def trained(
         for rows in torch.randperm(len(values), generator=generator).tensor_split(n_batches):
             loss = (module(labels[rows]) - values[rows]).square().mean()
             if strength:
-                loss = loss + strength * module.penalty(labels[rows])
+                loss = loss + strength * module.penalty(labels[rows], shares[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -165,7 +168,9 @@ def by_gradient(
     sizes = np.maximum(X.max(0), X_test.max(0)) + 1
     train, held_out = _fifth(len(y), seed)
     center, scale = y[train].mean(), y[train].std()
-    rows = [(torch.from_numpy(X[part]), torch.from_numpy((y[part] - center) / scale).float()) for part in (train, held_out)]
+    rows = [
+        (torch.from_numpy(X[part]), torch.from_numpy((y[part] - center) / scale).float()) for part in (train, held_out)
+    ]
     generator, found = torch.Generator().manual_seed(seed), []
     for strength in strengths:
         with torch.random.fork_rng():
@@ -234,8 +239,9 @@ def funbat(X: Integers, y: Floats, X_test: Integers, seed: int, **settings: obje
     model = FunBaT(random_state=seed, progress=False, device="cpu", **settings)  # type: ignore[arg-type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", UnknownLabelWarning)
         model.fit(X, y)
-    return model.predict(X_test), np.stack(model.predict_interval(X_test, 0.9))
+        return model.predict(X_test), np.stack(model.predict_interval(X_test, 0.9))
 
 
 def _effects(X: Integers, y: Floats, seed: int) -> tuple[PerModeBiases, PerModeBiases]:
