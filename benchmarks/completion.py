@@ -27,9 +27,9 @@ COMPLETION_SETS = {  # name of the file, decimals shown
     "weather": ("nyc2013_weather", 4),
 }
 PROTOCOL = (
-    "Test: a tenth of the cells, by the split's number. A fifth of the others (18 % of all) chooses settings and stops "
-    "training early: MF, CP, CoSTCo and the MLP train on 72 %; additive effects, TensorLy and FunBaT are fitted again to "
-    "90 %, as boosting and NeuralTensorCompletion are, which set rows aside themselves."
+    "Test: a tenth of the cells, by the split's number. A fifth of the others (18 % of all) chooses settings and "
+    "stops training early: MF, CP, CoSTCo and the MLP train on 72 %; additive effects, TensorLy and FunBaT are fitted "
+    "again to 90 %, as boosting and NeuralTensorCompletion are, which set rows aside themselves."
 )
 
 

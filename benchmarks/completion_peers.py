@@ -111,7 +111,7 @@ class Perceptron(Network):
     """DAIN's network: embeddings side by side, dense layers."""
 
     def __init__(self, sizes: Integers, widths: tuple[int, ...] = (96, 256, 256, 64)) -> None:
-        super().__init__(sizes, widths[0] // len(sizes), 1.0)
+        super().__init__(sizes, widths[0] // len(sizes), 0.1)
         inputs = widths[0] // len(sizes) * len(sizes)
         pairs = itertools.pairwise([inputs, *widths[1:]])
         self.layers = nn.Sequential(*(part for a, b in pairs for part in (nn.Linear(a, b), nn.ReLU())))

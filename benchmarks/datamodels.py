@@ -97,7 +97,7 @@ def _chosen(table: dict[str, list[Tensor]], inside: Tensor, losses: Tensor) -> d
     """Of the scores with a damping the one that is best on the first query cells."""
     found, best = {}, {}
     for name, several in table.items():
-        kind, _, damping = name.partition(", damping ")
+        kind = name.partition(", damping ")[0]
         value = float(correlations(-inside @ torch.stack(several).mean(0), losses)[:CHOOSE].mean())
         if value > best.get(kind, -2.0):
             best[kind], found[kind] = value, (name, several)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,7 @@ class DainNetwork(nn.Module):
     def __init__(self, n_labels: int = N_LABELS, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
         self.tables = nn.ModuleList(nn.Embedding(n_labels, widths[0] // 3) for _ in range(3))
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.layers = nn.Sequential(*(part for a, b in pairs for part in (nn.Linear(a, b), nn.ReLU())))
+        self.layers = nn.Sequential(*(part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())))
         self.out = nn.Linear(widths[-1], 1)
 
     def hidden(self, labels: Tensor) -> Tensor:
