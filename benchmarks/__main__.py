@@ -14,7 +14,9 @@ from sklearn.exceptions import ConvergenceWarning
 
 import probtensor as pt
 from benchmarks.completion import COMPLETION_SETS, METHODS, completion_lines
+from benchmarks.datamodels import datamodel_lines
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
+from benchmarks.influence import influence_lines, jobs_of
 from benchmarks.ranks import rank_lines
 from benchmarks.scale import scale_lines
 from benchmarks.sparse import bars_lines, missing_lines, patch_lines, picture_lines, step_lines
@@ -417,6 +419,30 @@ def completion(
     torch.set_num_threads(1)
     lines = completion_lines(data, sets.split(","), [int(seed) for seed in seeds.split(",")], methods.split(","))
     _report([f"{_machine('cpu')}, one thread", "", *lines], out)
+
+
+@app.command()
+def influence(
+    device: str = "cpu", kinds: str = "last,given,all", sizes: str = "", chunk: int = 1024, out: Out = None
+) -> None:
+    """Seconds and memory of training cells' influence; on the CPU the sizes of the bars: 40,000 x 50 and 32,000."""
+    lines = influence_lines(jobs_of(kinds.split(","), [int(size) for size in sizes.split(",") if size]), device, chunk)
+    _report([f"{_machine(device)}, one thread, passes of {chunk} cells", "", *lines], out)
+
+
+@app.command()
+def datamodels(
+    data: Annotated[Path, typer.Option(help="Folder with nyc2019_taxi_fares.npz.")],
+    halves: int = 150,
+    networks: int = 5,
+    epochs: int = 10,
+    out: Out = None,
+) -> None:
+    """Linear datamodelling score of influence on the taxi fares: do scores foretell training on other cells?"""
+    torch.set_num_threads(1)
+    lines = datamodel_lines(data, halves, networks, epochs, range(2, epochs + 1, 2))
+    title = f"{halves} halves, trained twice; scores of {networks} networks of all training cells; {epochs} epochs"
+    _report([f"{_machine('cpu')}, one thread; {title}", "", *lines], out)
 
 
 if __name__ == "__main__":

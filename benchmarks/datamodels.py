@@ -35,7 +35,7 @@ WIDTHS = (96, 128, 128, 32)
 BATCH = 256
 RATE = 1e-3
 AT_A_TIME = 25  # networks
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)  # in mean squared norms of the gradients
+DAMPINGS = (1e-3, 1e-2, 1e-1)  # in mean squared norms of the gradients
 CHOOSE = 200  # query cells that choose the damping; the others are reported
 
 Parameters = dict[str, Tensor]
@@ -124,11 +124,11 @@ def scores(steps: Sequence[Parameters], train_cells: Cells, query: Cells) -> dic
         product = errors[:n, None] * errors[n:]
         last, everything = last + product * of_last[:n, n:], everything + product * of_all[:n, n:]
     found = {"output layer": last, "all parameters": everything}
-    off, among, across = errors[:n, None].double(), of_all[:n, :n].double(), of_all[:n, n:].double()
+    off, among, across = errors[:n, None], of_all[:n, :n], of_all[:n, n:]
     for damping in DAMPINGS:  # with J the rows of gradients and K = JJ': J (J'J / n + a)^-1 j = (K / n + a)^-1 J j
-        found[f"Gauss–Newton, damping {damping:g}"] = (off * _solved(among, across, damping) * errors[n:]).float()
+        found[f"Gauss–Newton, damping {damping:g}"] = off * _solved(among, across, damping) * errors[n:]
         fisher = _solved(off * among * off.T, off * across, damping)
-        found[f"empirical Fisher, damping {damping:g}"] = (fisher * errors[n:]).float()
+        found[f"empirical Fisher, damping {damping:g}"] = fisher * errors[n:]
     return found
 
 
@@ -161,7 +161,7 @@ def initial(n_networks: int, n_labels: int, n_modes: int, generator: torch.Gener
     def normal(scale: float, *shape: int) -> Tensor:
         return scale * torch.randn(n_networks, *shape, generator=generator)
 
-    found = {"table": normal(1.0, n_labels, WIDTHS[0] // n_modes)}
+    found = {"table": normal(0.1, n_labels, WIDTHS[0] // n_modes)}
     for layer, (fan_in, fan_out) in enumerate(pairwise(WIDTHS)):
         found[f"weight{layer}"] = normal(math.sqrt(2 / fan_in), fan_in, fan_out)
         found[f"shift{layer}"] = normal(0.0, 1, fan_out)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from probtensor.inference.influence import influence
 
-__all__ = ["DainNetwork", "influence_lines", "of_hidden"]
+__all__ = ["DainNetwork", "influence_lines", "jobs_of", "of_hidden"]
 
 N_LABELS = 1000  # of each of three modes
 WIDTHS = (150, 1024, 1024, 128)
@@ -27,8 +27,8 @@ Step = tuple[Tensor, Tensor, Tensor, Tensor, float]  # hidden (n, d), errors (n,
 
 KINDS = {
     "last": "output layer",
-    "last, bfloat16": "the same, forward passes in bfloat16 (prototype)",
-    "last, given": "the same, hidden values and errors given (prototype)",
+    "bfloat16": "the same, forward passes in bfloat16 (prototype)",
+    "given": "the same, hidden values and errors given (prototype)",
     "all": "all parameters",
 }
 
@@ -65,12 +65,19 @@ def of_hidden(steps: Iterable[Step]) -> Tensor:
     return total
 
 
+def jobs_of(kinds: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, int, int]]:
+    """Jobs ``(kind, cells, checkpoints)``: of each size with one checkpoint, or without sizes those of the bars."""
+    if sizes:
+        return [(kind, size, 1) for kind in kinds for size in sizes]
+    return [(kind, 32_000, 1) if kind == "all" else (kind, 40_000, 50) for kind in kinds]
+
+
 def influence_lines(jobs: Sequence[tuple[str, int, int]], device: str, chunk: int) -> list[str]:
     """Markdown lines for jobs ``(kind, cells, checkpoints)``: seconds, memory, and the least that passes must take."""
     lines = [
-        "| | cells | checkpoints | seconds | peak memory beyond model and rows, MB | Tflop of passes | "
+        "| | cells | checkpoints | seconds | of them on the processor | peak memory beyond model and rows, MB | Tflop of passes | "
         "at the speed of matrix products here, s |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kind, cells, checkpoints in jobs:
         job = {"kind": kind, "cells": cells, "checkpoints": checkpoints, "device": device, "chunk": chunk}
@@ -82,7 +89,7 @@ def influence_lines(jobs: Sequence[tuple[str, int, int]], device: str, chunk: in
         found = json.loads(done.stdout.splitlines()[-1])
         least = found["flop"] / found["speed"]
         lines.append(
-            f"| {KINDS[kind]} | {cells:,} | {checkpoints} | {found['seconds']:.2f} | {found['memory'] / 1e6:.0f} | "
+            f"| {KINDS[kind]} | {cells:,} | {checkpoints} | {found['seconds']:.2f} | {found['busy']:.2f} | {found['memory'] / 1e6:.0f} | "
             f"{found['flop'] / 1e12:.2f} | {least:.1f} |"
         )
     return lines
@@ -90,6 +97,7 @@ def influence_lines(jobs: Sequence[tuple[str, int, int]], device: str, chunk: in
 
 def main() -> None:
     """One job: its seconds, memory, and the speed of matrix products."""
+    torch.set_num_threads(1)
     job = json.loads(sys.argv[1])
     print(json.dumps(measure(job["kind"], job["cells"], job["checkpoints"], job["device"], job["chunk"])))
 
@@ -101,12 +109,12 @@ def measure(kind: str, cells: int, checkpoints: int, device: str, chunk: int) ->
     train, query = (_rows(n, device) for n in (cells, QUERY))
     state = {name: value.detach() for name, value in module.state_dict().items()}
     few = train[0][:64], train[1][:64]
-    if kind.startswith("last, given"):
+    if kind == "given":
         steps = list(_hidden(module, few, few, 1, chunk))  # loads what there is to load
         of_hidden(steps)
         one = next(_hidden(module, train, query, 1, chunk))
         work: Callable[[], object] = lambda: of_hidden(one for _ in range(checkpoints))  # noqa: E731
-    elif kind == "last, bfloat16":
+    elif kind == "bfloat16":
         work = lambda: of_hidden(_hidden(module, train, query, checkpoints, chunk, torch.bfloat16))  # noqa: E731
         of_hidden(_hidden(module, few, few, 1, chunk, torch.bfloat16))
     else:
@@ -115,11 +123,13 @@ def measure(kind: str, cells: int, checkpoints: int, device: str, chunk: int) ->
         at = [(state, 1e-3)] * checkpoints
         work = lambda: influence(module, train, query, checkpoints=at, **options)  # type: ignore[arg-type] # noqa: E731
     before = _memory(device) if device == "cpu" else float(torch.cuda.memory_allocated())
+    busy = time.process_time()
     seconds = _timed(work, device)
+    busy = time.process_time() - busy
     memory = _memory(device) - before
     dense = sum(value.numel() for name, value in state.items() if "weight" in name and "tables" not in name)
-    flop = 0.0 if kind == "last, given" else 2.0 * dense * (cells + QUERY) * checkpoints * (3 if kind == "all" else 1)
-    return {"seconds": seconds, "memory": memory, "flop": flop, "speed": _speed(device)}
+    flop = 0.0 if kind == "given" else 2.0 * dense * (cells + QUERY) * checkpoints * (3 if kind == "all" else 1)
+    return {"seconds": seconds, "busy": busy, "memory": memory, "flop": flop, "speed": _speed(device)}
 
 
 def _hidden(
