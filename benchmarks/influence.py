@@ -8,12 +8,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from probtensor.inference.influence import influence
 
@@ -27,7 +26,6 @@ Step = tuple[Tensor, Tensor, Tensor, Tensor, float]  # hidden (n, d), errors (n,
 
 KINDS = {
     "last": "output layer",
-    "bfloat16": "the same, forward passes in bfloat16 (prototype)",
     "given": "the same, hidden values and errors given (prototype)",
     "all": "all parameters",
 }
@@ -123,42 +121,18 @@ def _work(
     module: DainNetwork, kind: str, rows: tuple[Rows, Rows], checkpoints: int, chunk: int
 ) -> Callable[[], Tensor]:
     if kind == "given":
-        one = next(_hidden(module, *rows, 1, chunk))
-        return lambda: of_hidden(one for _ in range(checkpoints))
-    if kind == "bfloat16":
-        return lambda: of_hidden(_hidden(module, *rows, checkpoints, chunk, torch.bfloat16))
+        (hidden, errors), query = (_hidden(module, part, chunk) for part in rows)
+        return lambda: of_hidden((hidden, errors, *query, 1e-3) for _ in range(checkpoints))
     at = [(module.state_dict(), 1e-3)] * checkpoints
     return lambda: influence(module, *rows, parameters=kind, checkpoints=at, chunk=chunk)  # type: ignore[arg-type]
 
 
-def _hidden(
-    module: DainNetwork, train: Rows, query: Rows, checkpoints: int, chunk: int, dtype: torch.dtype | None = None
-) -> Iterator[Step]:
-    """Hidden values and errors of the module's own state, again for each checkpoint."""
-    hiding = _Hidden(module)
-    cast = {name: value.detach().to(dtype or value.dtype) for name, value in hiding.state_dict().items()}
-    for _ in range(checkpoints):
-        found: list[Tensor] = []
-        for labels, values in (train, query):
-            hidden = values.new_empty(len(values), WIDTHS[-1])
-            with torch.no_grad():
-                for first in range(0, len(values), chunk):
-                    part = slice(first, first + chunk)
-                    hidden[part] = functional_call(hiding, cast, labels[part])
-                errors = torch.addmv(-values, hidden, module.out.weight[0]) + module.out.bias
-            found += [hidden, errors]
-        yield (*found, 1e-3)  # type: ignore[misc]
-
-
-class _Hidden(nn.Module):
-    """Hidden values as a module's output."""
-
-    def __init__(self, module: DainNetwork) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, labels: Tensor) -> Tensor:
-        return self.module.hidden(labels)
+@torch.no_grad()
+def _hidden(module: DainNetwork, rows: Rows, chunk: int) -> Rows:
+    """Hidden values (n, d) and errors (n,) of the module's own state."""
+    labels, values = rows
+    hidden = torch.cat([module.hidden(part) for part in labels.split(chunk)])
+    return hidden, torch.addmv(module.out.bias - values, hidden, module.out.weight[0])
 
 
 def _rows(n: int, device: str) -> Rows:
