@@ -35,7 +35,7 @@ WIDTHS = (96, 128, 128, 32)
 BATCH = 256
 RATE = 1e-3
 AT_A_TIME = 25  # networks
-DAMPINGS = (1e-3, 1e-2, 1e-1)  # in mean squared norms of the gradients
+DAMPINGS = (1e-3, 3e-3, 1e-2)  # in mean squared norms of the gradients
 CHOOSE = 200  # query cells that choose the damping; the others are reported
 
 Parameters = dict[str, Tensor]
