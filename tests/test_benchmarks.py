@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import integrate, stats
 
-from benchmarks import datasets, peers, scores, sparse_gp, splits
+from benchmarks import completion, completion_peers, datamodels, datasets, influence, peers, scores, sparse_gp, splits
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, SPLITS, load_counts, load_fold, load_split
-from probtensor.metrics import crps_gaussian
+from probtensor.inference.influence import GaussNewton
+from probtensor.inference.influence import influence as scores_of
+from probtensor.metrics import crps_gaussian, rmse
 
 DATA = Path(os.environ.get("PROBTENSOR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -45,6 +48,9 @@ def folder(tmp_path_factory):
         shape=[3, 5, 2, 6],
         **{mode: np.char.mod("x%d", np.arange(size)) for mode, size in (("origin", 3), ("dest", 5), ("carrier", 2))},
     )
+    fares = np.argwhere(rng.random((12, 10, 4)) < 0.6)
+    value = (fares[:, 0] * np.sin(fares[:, 1]) + fares[:, 2] + 0.1 * rng.normal(size=len(fares))).astype(np.float32)
+    np.savez(folder / "nyc2019_taxi_fares.npz", idx=fares.astype(np.uint8), val=value, shape=[12, 10, 4])
     triples = np.array([[0, 0, 1], [1, 0, 2], [2, 1, 0], [3, 1, 1]], dtype=np.uint8)
     nations = np.array(["a", "b", "c", "d"])
     np.savez(folder / "kg_nations.npz", idx=triples, shape=[4, 2, 4], entity=nations, relation=np.array(["r", "s"]))
@@ -261,9 +267,122 @@ def test_a_missing_gpytorch_is_named(monkeypatch):
         sparse_gp.SparseGaussianProcess().fit(np.zeros((3, 3)), np.zeros(3))
 
 
+def test_the_completion_table_has_a_line_for_every_method_named(folder, monkeypatch):
+    monkeypatch.setattr(completion_peers, "EPOCHS", 2)
+    monkeypatch.setattr(completion_peers, "LEAST_STEPS", 4)
+    names = ["mean", "effects", "trees", *completion_peers.PEERS]
+    lines = list(completion.completion_lines(folder, ["taxi"], [0, 1], names))
+    assert [line.split(" | ")[0] for line in lines[6:-1]] == [f"| {completion.METHODS[name][0]}" for name in names]
+    assert "nan" not in "".join(lines)
+    monkeypatch.setattr(completion_peers, "MOST_CELLS", 100)
+    lines = list(completion.completion_lines(folder, ["taxi"], [0], ["tucker"]))
+    assert lines[6] == "| TensorLy tucker(mask) | impossible: a dense array of 480 cells | – | – | – |"
+
+
+@pytest.mark.parametrize("name", ["mf", "cp", "costco", "mlp", "parafac", "tucker"])
+def test_peers_learn_a_product_of_two_modes(name, monkeypatch):
+    monkeypatch.setattr(completion_peers, "LEAST_STEPS", 3000 if name == "cp" else 600)
+    monkeypatch.setattr(completion_peers, "PENALTIES", (0.1,))
+    rng = np.random.default_rng(7)
+    X = np.argwhere(rng.random((12, 10, 4)) < 0.8)
+    y = (X[:, 0] - 6.0) * np.sin(X[:, 1]) + X[:, 2] + 0.1 * rng.normal(size=len(X))
+    test = rng.random(len(X)) < 0.1
+    rows = X[~test], y[~test], X[test]
+    predicted, _ = completion_peers.PEERS[name][1](*rows, 0)
+    assert rmse(y[test], predicted) < 0.9 * rmse(y[test], completion_peers.biases(*rows, 0)[0])
+
+
+def test_networks_keep_their_best_weights():
+    X = torch.arange(40)[:, None] % 4
+    y = X[:, 0].float()
+    module = completion_peers.Factorization(np.array([4]), (0,))
+    found = completion_peers.trained(module, (X, y), (X, y), torch.Generator().manual_seed(0), rate=1.0)
+    assert float((module(X) - y).square().mean().detach()) == pytest.approx(found)
+
+
+def small_network(folder):
+    train, query, n_labels = datamodels._taxi(folder)
+    train, query = (datamodels.Cells(cells.labels[:30], cells.values[:30]) for cells in (train, query))
+    generator = torch.Generator().manual_seed(0)
+    start = {name: value.double() for name, value in datamodels.initial(2, n_labels, 3, generator).items()}
+    train, query = (datamodels.Cells(cells.labels, cells.values.double()) for cells in (train, query))
+    found = datamodels.train(start, train, torch.arange(30).expand(2, 30), 20, (10, 20), generator)
+    return found, train, query
+
+
+class OneNetwork(torch.nn.Module):
+    """The first network as a module."""
+
+    def __init__(self, parameters):
+        super().__init__()
+        self.names = list(parameters)
+        self.values = torch.nn.ParameterList([value[:1].clone() for value in parameters.values()])
+
+    def forward(self, labels):
+        return datamodels.forward(dict(zip(self.names, self.values, strict=True)), labels[None])[0]
+
+
+def test_scores_of_datamodels_are_those_of_the_package(folder):
+    steps, train, query = small_network(folder)
+    found = datamodels.scores(steps, train, query)
+    modules = [OneNetwork(step) for step in steps]
+    K = datamodels.kernels(steps[-1], train)[2]
+    for row in (0, 7):
+        one = query.labels[row : row + 1], query.values[row : row + 1]
+        plain = sum(scores_of(module, tuple(train), one, parameters="all") for module in modules)
+        torch.testing.assert_close(found["all parameters"][:, row], plain, rtol=1e-5, atol=1e-6, check_dtype=False)
+        solver = GaussNewton(0.01 * float(K.trace()) / len(K), steps=200, tol=1e-12)
+        exact = scores_of(modules[-1], tuple(train), one, parameters="all", preconditioner=solver)
+        exact *= (found["Gauss–Newton, damping 0.01"][:, row] / exact).median()  # a common factor does not matter
+        torch.testing.assert_close(
+            found["Gauss–Newton, damping 0.01"][:, row], exact, rtol=1e-4, atol=1e-6, check_dtype=False
+        )
+
+
+def test_correlations_are_spearmans():
+    rng = np.random.default_rng(6)
+    a, b = rng.integers(0, 5, size=(2, 20, 3)).astype(float)
+    expected = [stats.spearmanr(a[:, k], b[:, k]).statistic for k in range(3)]
+    np.testing.assert_allclose(datamodels.correlations(torch.from_numpy(a), torch.from_numpy(b)), expected)
+
+
+def test_the_table_of_datamodels_has_a_line_for_every_score(folder, monkeypatch):
+    monkeypatch.setattr(datamodels, "CHOOSE", 5)
+    lines = datamodels.datamodel_lines(folder, 12, 2, 4, (2, 4))
+    assert [line.split(" | ")[0].split(",")[0] for line in lines[4:]] == [
+        f"| {name}" for name in ("output layer", "all parameters", "Gauss–Newton", "empirical Fisher")
+    ]
+    assert "nan" not in "".join(lines)
+
+
+def test_given_hidden_values_give_the_scores_of_the_output_layer():
+    torch.manual_seed(0)
+    module = influence.DainNetwork(5, (6, 8, 4))
+    rows = [(torch.randint(5, (n, 3)), torch.randn(n)) for n in (30, 7)]
+    (hidden, errors), query = (influence._hidden(module, part, 4) for part in rows)
+    found = influence.of_hidden([(hidden, errors, *query, rate) for rate in (0.5, 0.25)])
+    torch.testing.assert_close(found, 0.75 * scores_of(module, *rows))
+    with pytest.raises(ValueError, match="steps: expected at least one checkpoint"):
+        influence.of_hidden([])
+
+
+@pytest.mark.parametrize("kind", influence.KINDS)
+def test_influence_is_measured(kind):
+    found = influence.measure(kind, 100, 2, "cpu", 64)
+    assert found["seconds"] > 0
+    assert found["memory"] >= 0
+    assert influence.jobs_of([kind], [5, 6]) == [(kind, 5, 1), (kind, 6, 1)]
+
+
+def test_a_line_of_influence_comes_from_a_process_of_its_own():
+    assert len(influence.influence_lines([("given", 100, 2)], "cpu", 64)) == 3
+    with pytest.raises(RuntimeError, match="'cells': -1"):
+        influence.influence_lines([("given", -1, 2)], "cpu", 64)
+
+
 @needs("funbat")
 @pytest.mark.parametrize(
-    ("name", "label", "rmse", "mae"),
+    ("name", "label", "root", "mae"),
     [
         ("beijing_pm25", "global mean", 0.998, 0.739),
         ("beijing_pm25", "mean of the day", 0.2734, 0.1626),
@@ -272,7 +391,7 @@ def test_a_missing_gpytorch_is_named(monkeypatch):
         ("beijing_so2", "mean of the cell, else day", 0.3472, 0.2065),
     ],
 )
-def test_references_without_parameters_have_their_known_errors(name, label, rmse, mae):
+def test_references_without_parameters_have_their_known_errors(name, label, root, mae):
     errors = []
     for fold in range(5):
         held = load_split(DATA / "funbat", name, "published", fold)
@@ -280,7 +399,7 @@ def test_references_without_parameters_have_their_known_errors(name, label, rmse
         model._fit(held.X, held.y, None)
         errors.append(scores.point_errors(held.y_test, model._mean(held.X_test)))
     digits = 3 if label == "global mean" else 4
-    assert np.mean(errors, axis=0).round(digits).tolist() == [rmse, mae]
+    assert np.mean(errors, axis=0).round(digits).tolist() == [root, mae]
 
 
 @needs("funbat")
