@@ -15,14 +15,15 @@ from benchmarks.influence import influence_lines, jobs_of
 Cells = Annotated[Path, typer.Option(help="Folder with dain_synthetic10k.npz, nyc2019_taxi_fares.npz, ….")]
 Sets = Annotated[str, typer.Option(help="Data sets, separated by commas.")]
 Seeds = Annotated[str, typer.Option(help="Of splits and fits; separated by commas.")]
+ALL_SETS, ALL_METHODS = ",".join(COMPLETION_SETS), ",".join(METHODS)
 
 
 @app.command()
 def completion(
     data: Cells,
-    sets: Sets = ",".join(COMPLETION_SETS),
+    sets: Sets = ALL_SETS,
     seeds: Seeds = "0,1,2,3,4",
-    methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = ALL_METHODS,
     out: Out = None,
 ) -> None:
     """Neural tensor completion against means, effects, trees, factorizations and networks, a tenth of rows held out."""
@@ -34,7 +35,7 @@ def completion(
 @app.command()
 def augmentation(
     data: Cells,
-    sets: Sets = ",".join(COMPLETION_SETS),
+    sets: Sets = ALL_SETS,
     seeds: Seeds = "0,1,2,3,4",
     device: str = "cpu",
     jobs: Annotated[int, typer.Option(help="Splits at a time, a thread each.")] = 1,
