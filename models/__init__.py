@@ -4,6 +4,9 @@ from probtensor.models.additive_coders import BSC as BSC
 from probtensor.models.additive_coders import DSC as DSC
 from probtensor.models.additive_coders import TSC as TSC
 from probtensor.models.completion import NeuralTensorCompletion as NeuralTensorCompletion
+from probtensor.models.flora import FLoRAConfig as FLoRAConfig
+from probtensor.models.flora import inject_adapters as inject_adapters
+from probtensor.models.flora import load_adapters as load_adapters
 from probtensor.models.funbat import FunBaT as FunBaT
 from probtensor.models.gaussian_coder import GSC as GSC
 from probtensor.models.max_coders import MCA as MCA
@@ -12,4 +15,19 @@ from probtensor.models.mixtures import MoG as MoG
 from probtensor.models.mixtures import MoP as MoP
 from probtensor.models.noisy_or import NoisyOR as NoisyOR
 
-__all__ = ["BSC", "DSC", "GSC", "MCA", "MMCA", "TSC", "FunBaT", "MoG", "MoP", "NeuralTensorCompletion", "NoisyOR"]
+__all__ = [
+    "BSC",
+    "DSC",
+    "GSC",
+    "MCA",
+    "MMCA",
+    "TSC",
+    "FLoRAConfig",
+    "FunBaT",
+    "MoG",
+    "MoP",
+    "NeuralTensorCompletion",
+    "NoisyOR",
+    "inject_adapters",
+    "load_adapters",
+]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from probtensor.resources import is_integer, is_number
 
-__all__ = ["FLoRAConfig", "names_match"]
+__all__ = ["FLoRAConfig", "key_matches", "names_match"]
 
 INITS = ("zero", "weight", "gradient")
 BIASES = ("none", "adapted", "all")
@@ -42,8 +42,8 @@ class FLoRAConfig:
     alpha_pattern : mapping of str to float, default {}
         Other values of `alpha`, in the same manner.
     init : {"zero", "weight", "gradient"}, default "zero"
-        The factors at the start: random orthonormal columns, or the leading singular vectors of the weight's unfoldings,
-        or those of a gradient (`weight_gradients`). The core starts at zero in each case, so the model does not change.
+        The factors at the start: random orthonormal columns, or leading singular vectors of the weight's unfoldings, or
+        of a gradient's (`weight_gradients`). The core starts at zero in each case, so the model does not change.
     modules_to_save : sequence of str, default ()
         Modules that are trained in full (a new head), by names or their ends: each of their parameters gets an update
         that is dense. Their buffers stay the base's.
@@ -168,11 +168,19 @@ def names_match(wanted: str | Sequence[str], aliases: Iterable[str]) -> str | No
     return next((e for e in wanted if any(name == e or name.endswith("." + e) for name in names)), None)
 
 
+def key_matches(key: str, name: str) -> bool:
+    """Whether a key of a pattern fits a parameter, by its full name, its module's, or the end of one.
+
+    Examples
+    --------
+    >>> key_matches("conv[12]", "net.conv1.weight"), key_matches("conv", "net.conv1.weight")
+    (True, False)
+    """
+    return any(re.fullmatch(rf"(.*\.)?({key})", each) for each in (name, name.rpartition(".")[0]))
+
+
 def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first key that matches the parameter, its module, or the end of their names."""
-    names = (name, name.rpartition(".")[0])
-    found = (value for key, value in pattern.items() if any(re.fullmatch(rf"(.*\.)?({key})", n) for n in names))
-    return next(found, default)
+    return next((value for key, value in pattern.items() if key_matches(key, name)), default)
 
 
 def _check_rank(name: str, value: object) -> None:

@@ -1,8 +1,8 @@
 """Adapters inside a model: modules that hold updates, and the class that makes a layer use them.
 
-The layer stays the object that it was. Its class becomes a subclass in which each adapted parameter's name is a property
-that gives the effective weight ``W0 + Σ s·ΔW``; the parameter itself stays registered under its name. So whoever reads
-``layer.weight`` (the fused paths of attention and of `TransformerEncoderLayer`, recurrent layers, code of the user's)
+The layer stays the object that it was. Its class becomes a subclass in which each adapted parameter's name is a
+property that gives the effective weight ``W0 + Σ s·ΔW``; the parameter itself stays registered under its name. So
+whoever reads ``layer.weight`` (fused paths of attention and `TransformerEncoderLayer`, recurrent layers, code of users)
 reads what the adapters made of it, and state dicts keep their keys. Kinds of layers that can do without ``ΔW``
 have a forward of their own in `adapter_layers`.
 
@@ -225,31 +225,34 @@ def adapt(module: nn.Module, name: str, bank: Bank, forwards: Callable[[type], F
     forwards : callable
         From a class to the forward that takes the place of its own, or None.
     """
-    if module._modules.get(SLOT) is None:
-        module._modules[SLOT] = _Slot().train(module.training)
-    slot = module._modules[SLOT]
-    slot._modules[name] = bank  # type: ignore[union-attr]
-    base = getattr(type(module), "_adapted_class", type(module))
-    module.__class__ = _adapted(base, tuple(slot._modules), forwards)  # type: ignore[union-attr]
+    slot = module._modules.get(SLOT)
+    if slot is None:
+        slot = module._modules[SLOT] = _Slot().train(module.training)
+    slot._modules[name] = bank
+    base: Any = getattr(type(module), "_adapted_class", type(module))
+    module.__class__ = _adapted(base, tuple(slot._modules), forwards)
 
 
 def release(module: nn.Module, name: str, forwards: Callable[[type], Forward | None]) -> None:
     """Undo `adapt`."""
-    slot, base = module._modules[SLOT], type(module)._adapted_class  # type: ignore[attr-defined]
-    del slot._modules[name]  # type: ignore[union-attr]
-    if slot._modules:  # type: ignore[union-attr]
-        module.__class__ = _adapted(base, tuple(slot._modules), forwards)  # type: ignore[union-attr]
+    slot: Any = module._modules[SLOT]
+    base: Any = getattr(type(module), "_adapted_class")  # noqa: B009 - no attribute of Module that a checker knows
+    del slot._modules[name]
+    if slot._modules:
+        module.__class__ = _adapted(base, tuple(slot._modules), forwards)
     else:
         module.__class__ = base
         del module._modules[SLOT]
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 @cache
-def _adapted(base: type[nn.Module], names: tuple[str, ...], forwards: Callable[[type], Forward | None]) -> type:
+def _adapted(base: Any, names: tuple[str, ...], forwards: Callable[[type], Forward | None]) -> Any:
     """The subclass of `base` in which these parameters are effective weights."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        make, args, *state = super(adapted, self).__reduce_ex__(protocol)  # type: ignore[misc]
+        make, args, *state = super(adapted, self).__reduce_ex__(protocol)
         plain = tuple(base if arg is adapted else arg for arg in args)
         return (_rebuild, (names, forwards, make, plain), *state)
 
@@ -261,14 +264,15 @@ def _adapted(base: type[nn.Module], names: tuple[str, ...], forwards: Callable[[
     if issubclass(base, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, lambda self, value: None)
         members["flatten_parameters"] = lambda self: None  # the flat copy for cuDNN would be of no weight in use
-    adapted = type(f"Adapted{base.__name__}", (base,), members)
+    adapted: Any = type(f"Adapted{base.__name__}", (base,), members)
     return adapted
 
 
 def _rebuild(names: tuple[str, ...], forwards: Any, make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
     """A copied or unpickled module, before its state comes."""
     module = make(*args)
-    module.__class__ = _adapted(type(module), names, forwards)
+    base: Any = type(module)
+    module.__class__ = _adapted(base, names, forwards)
     return module
 
 

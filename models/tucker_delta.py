@@ -134,12 +134,14 @@ def _leading(tensor: Tensor, rank: int) -> Tensor:
     """Orthonormal columns that span the leading left singular vectors; the Gram matrix is of the shorter side."""
     unfolding = tensor.reshape(len(tensor), -1)
     if unfolding.shape[0] <= unfolding.shape[1]:
-        return torch.linalg.eigh(unfolding @ unfolding.T)[1].flip(1)[:, :rank]
+        left: Tensor = torch.linalg.eigh(unfolding @ unfolding.T)[1]
+        return left.flip(1)[:, :rank]
     right = torch.linalg.eigh(unfolding.T @ unfolding)[1].flip(1)[:, :rank]
     basis = unfolding @ right
     if basis.shape[1] < rank:  # an unfolding narrower than the rank: any further columns
         basis = torch.cat([basis, torch.eye(len(basis), rank - basis.shape[1], dtype=basis.dtype)], 1)
-    return torch.linalg.qr(basis)[0]
+    orthonormal: Tensor = torch.linalg.qr(basis)[0]
+    return orthonormal
 
 
 def _scaled(basis: Tensor) -> Tensor:
@@ -149,7 +151,8 @@ def _scaled(basis: Tensor) -> Tensor:
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """``tensor ×mode matrix``: the mode of size R becomes one of size I; matrix has shape (I, R)."""
-    return torch.tensordot(matrix, tensor, ([1], [mode])).movedim(0, mode)
+    product: Tensor = torch.tensordot(matrix, tensor, ([1], [mode]))
+    return product.movedim(0, mode)
 
 
 def contract(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
@@ -206,7 +209,9 @@ def combined(updates: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
     core = first.core.new_zeros([totals[n] if kept[n] else sizes[n] for n in range(len(sizes))])
     starts = [0] * len(sizes)
     for (part, factors, scale), weight in zip(updates, weights, strict=True):
-        place = tuple(slice(starts[n], starts[n] + part.shape[n]) if kept[n] else slice(None) for n in range(len(sizes)))
+        place = tuple(
+            slice(starts[n], starts[n] + part.shape[n]) if kept[n] else slice(None) for n in range(len(sizes))
+        )
         core[place] += weight * scale * contract(part, [None if kept[n] else A for n, A in enumerate(factors)])
         starts = [start + size for start, size in zip(starts, part.shape, strict=True)]
     columns = [[update.factors[n] for update in updates] for n in range(len(sizes))]
