@@ -13,6 +13,7 @@ import typer
 from sklearn.exceptions import ConvergenceWarning
 
 import probtensor as pt
+from benchmarks.adapters import adapter_lines
 from benchmarks.completion import COMPLETION_SETS, completion_lines
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, load_fold
 from benchmarks.ranks import rank_lines
@@ -416,6 +417,14 @@ def completion(
     torch.set_num_threads(1)
     lines = completion_lines(data, sets.split(","), [int(seed) for seed in seeds.split(",")])
     _report([f"{_machine('cpu')}, one thread", "", *lines], out)
+
+
+@app.command()
+def adapters(rank: int = 16, kernel_rank: int = 2, repeats: int = 15, out: Out = None) -> None:
+    """A layer with a FLoRA adapter beside the frozen layer: time of forward and backward, bytes kept for backward."""
+    torch.set_num_threads(1)
+    lines = adapter_lines(rank, kernel_rank, repeats)
+    _report([f"{_machine('cpu')}, one thread; r = {rank}, kernel ranks {kernel_rank}", "", *lines], out)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ FLOPS_A_CALL = 2e5  # operations in the time that starting one kernel takes
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -221,13 +220,9 @@ def _add_convolution(self: Any, x: Tensor, y: Tensor, delta: TuckerDelta, form: 
     core, (A_out, A_in, *kernel_factors), scale = delta.update
     folded = form == "folded"
     inner = contract(core, [None, A_in if folded else None, *kernel_factors]).to(x.dtype)
-    pointwise = CONV[len(kernel_factors)]
     if A_in is not None and not folded:
-        x = pointwise(x, _one_tap(A_in.T, inner).to(x.dtype))
-    h = self._conv_forward(x, inner, None)
-    if A_out is not None:
-        h = pointwise(h, _one_tap(A_out, inner).to(h.dtype))
-    return torch.add(y, h, alpha=scale)
+        x = _mixed(A_in.T, x, len(kernel_factors))
+    return _spread(y, A_out, self._conv_forward(x, inner, None), scale, len(kernel_factors))
 
 
 def _transposed(self: Any, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -247,18 +242,28 @@ def _transposed(self: Any, x: Tensor, output_size: list[int] | None = None) -> T
         core, (A_in, A_out, *kernel_factors), scale = delta.update
         inner = contract(core, [None, None, *kernel_factors]).to(x.dtype)
         if A_in is not None:
-            x = CONV[n_kernel](x, _one_tap(A_in.T, inner).to(x.dtype))
-        h = convolve(x, inner, None)
-        if A_out is not None:
-            h = CONV[n_kernel](h, _one_tap(A_out, inner).to(h.dtype))
-        return torch.add(y, h, alpha=scale)
+            x = _mixed(A_in.T, x, n_kernel)
+        return _spread(y, A_out, convolve(x, inner, None), scale, n_kernel)
 
     return _adapted_forward(self, x, convolve, form, add)
 
 
-def _one_tap(matrix: Tensor, kernel: Tensor) -> Tensor:
-    """A matrix as a convolution with a kernel of one entry."""
-    return matrix.reshape(*matrix.shape, *[1] * (kernel.ndim - 2))
+def _mixed(matrix: Tensor, x: Tensor, n_kernel: int) -> Tensor:
+    """Channels of maps mixed by a matrix; on CPUs this is faster than a convolution with a kernel of one entry."""
+    flat, matrix = x.flatten(-n_kernel), matrix.to(x.dtype)
+    # matmul with a batch would copy the maps, and keep the copy for backward
+    maps = matrix @ flat if flat.ndim == 2 else torch.bmm(matrix.expand(len(x), *matrix.shape), flat)
+    return maps.unflatten(-1, x.shape[-n_kernel:])
+
+
+def _spread(y: Tensor, matrix: Tensor | None, h: Tensor, scale: float, n_kernel: int) -> Tensor:
+    """``y`` and the maps ``h`` with their channels mixed."""
+    if matrix is None:
+        return torch.add(y, h, alpha=scale)
+    if y.ndim == n_kernel + 1:  # one example
+        return torch.add(y, _mixed(matrix, h, n_kernel), alpha=scale)
+    each = matrix.to(h.dtype).expand(len(h), *matrix.shape)
+    return torch.baddbmm(y.flatten(2), each, h.flatten(2), alpha=scale).view(y.shape)
 
 
 def _conv_sizes(self: Any, x: Tensor, delta: TuckerDelta) -> Sizes:

@@ -210,7 +210,7 @@ def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Bank]]:
     for path, module in model.named_modules(remove_duplicate=False):
         slot = module._modules.get(SLOT)
         for name, bank in ({} if slot is None else slot._modules).items():
-            yield f"{path}.{name}" if path else name, module, name, bank  # type: ignore[misc]
+            yield f"{path}.{name}" if path else name, module, name, bank
 
 
 def adapt(module: nn.Module, name: str, bank: Bank, forwards: Callable[[type], Forward | None]) -> None:
