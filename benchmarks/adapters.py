@@ -38,7 +38,7 @@ LAYERS = (
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward keeps for its backward: each storage once, the module's own parameters and input left out."""
+    """Bytes that a forward keeps for its backward: each storage once, without its parameters and input."""
     known = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     known.add(x.untyped_storage().data_ptr())
     kept: dict[int, int] = {}
@@ -64,7 +64,7 @@ def adapter_lines(rank: int, kernel_rank: int, repeats: int, layers: Sequence[La
     the median of the pairs' ratios.
     """
     lines = [
-        f"| layer | adapter's parameters | frozen, ms | adapted, ms | ratio | target {TARGET} | built update, ratio | kept, MB |",
+        f"| layer | parameters | frozen, ms | adapted, ms | ratio | target {TARGET} | built update, ratio | kept, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     missed = []

@@ -82,6 +82,7 @@ LAYERS: dict[str, Row] = {
     "bilinear": (lambda: nn.Bilinear(5, 6, 7), lambda: (x(3, 5)(), x(3, 6)())),
     "embedding": (lambda: nn.Embedding(30, 12), ids),
     "embedding, padding": (lambda: nn.Embedding(9, 12, padding_idx=0), ids),
+    "embedding, many ids": (lambda: nn.Embedding(5, 4, padding_idx=-1), lambda: ids().repeat(9, 9) % 5),
     "embedding, sparse": (lambda: nn.Embedding(30, 12, sparse=True), ids),
     "embedding bag": (lambda: nn.EmbeddingBag(30, 12, mode="mean"), ids),
     "conv1d": (lambda: nn.Conv1d(6, 7, 5, stride=2, padding=2), x(2, 6, 11)),
@@ -111,7 +112,7 @@ LAYERS: dict[str, Row] = {
     "lstm, projected": (lambda: nn.LSTM(6, 7, proj_size=4), x(4, 2, 6)),
     "gru": (lambda: nn.GRU(6, 7, batch_first=True), x(2, 4, 6)),
     "rnn": (lambda: nn.RNN(6, 7), x(4, 2, 6)),
-    "lstm cell": (lambda: nn.LSTMCell(6, 7), x(4, 6)),
+    "gru cell": (lambda: nn.GRUCell(6, 7), lambda: (x(4, 6)(), x(4, 7)())),
     "bare parameter": (Experts, x(3, 5)),
     "tied": (Tied, ids),
     "several inputs": (TwoInputs, lambda: {"x": x(3, 6)(), "z": x(3, 2, 8)(), "scale": 2.0}),
@@ -165,13 +166,14 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_what_an_adapted_layer_promises(kind: str) -> None:
     model, run = made(kind)
-    before, y_base, keys = bits(model), run(model), list(model.state_dict())
+    before, keys = bits(model), list(model.state_dict())
+    y_base = run(model.requires_grad_(False))  # kernels differ with and without gradients
     kinds = [type(module) for module in model.modules()]
     adapters = inject_adapters(model, config_of(kind))
     assert all(isinstance(module, old) for module, old in zip(_stock_modules(model), kinds, strict=True))
-    assert torch.equal(run(model), y_base), "an adapter changes nothing at the start"
+    torch.testing.assert_close(run(model), y_base, rtol=1e-12, atol=1e-12)  # nothing changes at the start
     assert list(model.state_dict()) == keys
-    assert model.load_state_dict(before) == ((), ()) or not model.load_state_dict(before).missing_keys
+    model.load_state_dict(before)  # strict
 
     # after a step every parameter of the adapter has a gradient and the base has none
     optimizer = torch.optim.Adam(adapters.trainable_parameters(), lr=0.01)
@@ -211,7 +213,7 @@ def test_what_an_adapted_layer_promises(kind: str) -> None:
     # a second adapter, the sum of two, their weighted sum
     inject_adapters(model, config_of(kind, random_state=5), "other")
     assert adapters.active == ("other",)
-    assert torch.equal(run(model), y_base)
+    torch.testing.assert_close(run(model), y_base, rtol=1e-12, atol=1e-12)
     trained(adapters, 2)
     y_other = run(model)
     adapters.set_active("default")
@@ -236,16 +238,19 @@ def _stock_modules(model: nn.Module) -> list[nn.Module]:
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_single_and_half_precision(kind: str, dtype: torch.dtype) -> None:
     """Adapter parameters are float32; merged equals unmerged to the precision of the base's dtype."""
     model, run = made(kind, dtype)
     before = bits(model)
     adapters = inject_adapters(model, config_of(kind))
     assert {parameter.dtype for parameter in adapters.trainable_parameters()} == {torch.float32}
-    y = run(trained(adapters))
+    trained(adapters)
+    y = run(model)
     assert y.dtype == dtype
     y.float().square().sum().backward()
     adapters.merge()
+    y = y.detach()
     scale = max(1.0, float(y.abs().max()))
     assert (run(model) - y).abs().max() <= (1e-5 if dtype == torch.float32 else 4e-2) * scale
     adapters.unmerge()
@@ -299,7 +304,10 @@ def test_files_are_strict(tmp_path: Path) -> None:
         load_adapters(nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 4)), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     for wrong, message in (
-        ({key: value for key, value in tensors.items() if key != "1.weight.core"}, r"missing tensors \['1.weight.core'\]"),
+        (
+            {key: value for key, value in tensors.items() if key != "1.weight.core"},
+            r"missing tensors \['1.weight.core'\]",
+        ),
         (tensors | {"2.weight.core": torch.zeros(1)}, r"unused tensors \['2.weight.core'\]"),
         (tensors | {"1.weight.core": torch.zeros(1, 2)}, r"expected 1.weight.core of \(2, 2\), got \(1, 2\)"),
     ):
