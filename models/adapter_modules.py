@@ -90,7 +90,7 @@ class TuckerDelta(_Hidden):
     @property
     def factors(self) -> tuple[nn.Parameter | None, ...]:
         """The factors, None where the core keeps the mode."""
-        return tuple([self._parameters[f"factor_{n}"] for n in range(len(self.shape))])
+        return tuple([getattr(self, f"factor_{n}") for n in range(len(self.shape))])
 
     @property
     def update(self) -> Tucker:
@@ -156,7 +156,9 @@ class Bank(_Hidden):
     def effective(self, parameter: Tensor) -> Tensor:
         """The parameter with its acting updates: itself if there are none."""
         acting = self.acting()
-        return updated(parameter, [delta.update for delta in acting]) if acting else parameter
+        if not acting or parameter.shape != acting[0].shape:  # another shape: sharded training looks at its flat piece
+            return parameter
+        return updated(parameter, [delta.update for delta in acting])
 
     @torch.no_grad()
     def merge(self, parameter: Tensor, names: Sequence[str]) -> bool:
@@ -280,7 +282,7 @@ def _effective(name: str) -> property:
     def get(self: nn.Module) -> Tensor:
         parameter = base_parameter(self, name)
         bank = bank_of(self, name)
-        return parameter if bank is None else bank.effective(parameter)
+        return parameter if bank is None or _is_away(self, name, parameter) else bank.effective(parameter)
 
     def put(self: nn.Module, value: Tensor) -> None:  # parameters go to the registry before they come here
         self.__dict__[name] = value
@@ -289,6 +291,13 @@ def _effective(name: str) -> property:
         del self.__dict__[name]
 
     return property(get, put, remove)
+
+
+def _is_away(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether sharded training has freed the numbers and only asks whether the attribute is there."""
+    if torch.compiler.is_compiling() or (name in module._parameters and type(parameter) is not nn.Parameter):
+        return False  # tensors of `torch.func`, which have no storage of their own
+    return parameter.untyped_storage().size() == 0 and parameter.numel() > 0
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor | None]:
