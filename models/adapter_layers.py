@@ -253,7 +253,7 @@ def _mixed(matrix: Tensor, x: Tensor, n_kernel: int) -> Tensor:
     flat, matrix = x.flatten(-n_kernel), matrix.to(x.dtype)
     # matmul with a batch would copy the maps, and keep the copy for backward
     maps = matrix @ flat if flat.ndim == 2 else torch.bmm(matrix.expand(len(x), *matrix.shape), flat)
-    return maps.unflatten(-1, x.shape[-n_kernel:])
+    return maps.reshape(*maps.shape[:-1], *x.shape[-n_kernel:])
 
 
 def _spread(y: Tensor, matrix: Tensor | None, h: Tensor, scale: float, n_kernel: int) -> Tensor:

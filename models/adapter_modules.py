@@ -183,13 +183,6 @@ class Bank(_Hidden):
 class _Slot(_Hidden):
     """The banks of one layer, by the parameter's name in it."""
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        owner = prefix.removesuffix(f"{SLOT}.")
-        for name, bank in self._modules.items():
-            if isinstance(bank, Bank) and bank.original is not None and owner + name in state_dict:
-                errors = args[-1]
-                errors.append(f"{owner}{name} holds merged adapters: unmerge before a checkpoint of the base is loaded")
-
 
 def bank_of(module: nn.Module, name: str) -> Bank | None:
     """The bank of a parameter, by its name in its module."""
@@ -258,8 +251,16 @@ def _adapted(base: Any, names: tuple[str, ...], forwards: Callable[[type], Forwa
         plain = tuple(base if arg is adapted else arg for arg in args)
         return (_rebuild, (names, forwards, make, plain), *state)
 
+    def load(self: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in names:
+            bank = bank_of(self, name)
+            if bank is not None and bank.original is not None and prefix + name in state_dict:
+                args[-1].append(f"{prefix}{name} holds merged adapters: unmerge before a checkpoint is loaded")
+        super(adapted, self)._load_from_state_dict(state_dict, prefix, *args)
+
     members: dict[str, Any] = {name: _effective(name) for name in names}
-    members |= {"_adapted_class": base, "__reduce_ex__": reduce, "__module__": base.__module__}
+    members |= {"_adapted_class": base, "__reduce_ex__": reduce, "_load_from_state_dict": load}
+    members["__module__"] = base.__module__
     forward = forwards(base)
     if forward is not None:
         members["forward"] = forward
@@ -294,7 +295,9 @@ def _effective(name: str) -> property:
 
 
 def _is_away(module: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether sharded training has freed the numbers and only asks whether the attribute is there."""
+    """Whether there are no numbers: on the meta device, or freed by sharded training, which asks for the name alone."""
+    if parameter.is_meta:
+        return True
     if torch.compiler.is_compiling() or (name in module._parameters and type(parameter) is not nn.Parameter):
         return False  # tensors of `torch.func`, which have no storage of their own
     return parameter.untyped_storage().size() == 0 and parameter.numel() > 0

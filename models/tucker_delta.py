@@ -151,8 +151,9 @@ def _scaled(basis: Tensor) -> Tensor:
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """``tensor ×mode matrix``: the mode of size R becomes one of size I; matrix has shape (I, R)."""
-    product: Tensor = torch.tensordot(matrix, tensor, ([1], [mode]))
-    return product.movedim(0, mode)
+    unfolding = tensor.movedim(mode, 0)
+    product = matrix @ unfolding.reshape(len(unfolding), -1)  # a product that autocast knows, unlike tensordot
+    return product.reshape(-1, *unfolding.shape[1:]).movedim(0, mode)
 
 
 def contract(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
