@@ -69,6 +69,8 @@ def kernel_modes(module: nn.Module) -> int:
 
 def takes_dropout(module: nn.Module) -> bool:
     """Whether the update alone can see a dropped input: the layer has one of numbers, and its own forward."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False  # of attention, which reads the weight and leaves the forward out
     return layer_forward(type(module)) in (_linear, _convolution, _transposed)
 
 
