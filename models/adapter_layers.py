@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from probtensor.models.adapter_modules import Bank, TuckerDelta, bank_of, base_parameter
+from probtensor.models.adapter_modules import SLOT, Bank, TuckerDelta, bank_of, base_parameter
 from probtensor.models.tucker_delta import contract, updated
 
 __all__ = ["Sizes", "choose_form", "is_bias", "kernel_modes", "layer_forward", "takes_dropout", "weight_names"]
@@ -87,6 +87,7 @@ def layer_forward(kind: Any) -> Callable[..., Tensor] | None:
     """
     kind = getattr(kind, "_adapted_class", kind)
     stocks: dict[Any, Callable[..., Tensor]] = {nn.Linear: _linear, nn.Embedding: _embedding}
+    stocks[nn.MultiheadAttention] = _attention
     stocks |= dict.fromkeys(CONVOLUTIONS, _convolution) | dict.fromkeys(TRANSPOSED, _transposed)
     for stock, forward in stocks.items():
         if issubclass(kind, stock) and kind.forward is stock.forward:
@@ -248,6 +249,20 @@ def _transposed(self: Any, x: Tensor, output_size: list[int] | None = None) -> T
         return _spread(y, A_out, convolve(x, inner, None), scale, n_kernel)
 
     return _adapted_forward(self, x, convolve, form, add)
+
+
+def _attention(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Attention's own forward on a view of the layer in which each effective weight is computed once.
+
+    It reads some weights three times, to look at their dtype.
+    """
+    if torch.compiler.is_compiling():
+        return nn.MultiheadAttention.forward(self, *args, **kwargs)  # a compiler sees that they are the same
+    view = object.__new__(type(self)._adapted_class)
+    names = self._modules[SLOT]._modules
+    weights = {name: getattr(self, name) for name in names}
+    view.__dict__ = {**self.__dict__, "_parameters": {**self._parameters, **weights}}
+    return nn.MultiheadAttention.forward(view, *args, **kwargs)
 
 
 def _mixed(matrix: Tensor, x: Tensor, n_kernel: int) -> Tensor:

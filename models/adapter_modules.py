@@ -266,7 +266,9 @@ def _adapted(base: Any, names: tuple[str, ...], forwards: Callable[[type], Forwa
         members["forward"] = forward
     if issubclass(base, nn.RNNBase):
         members["_flat_weights"] = property(_flat_weights, lambda self, value: None)
-        members["flatten_parameters"] = lambda self: None  # the flat copy for cuDNN would be of no weight in use
+        # Copies and references that recurrent layers keep of their weights would be of none in use.
+        members |= dict.fromkeys(("flatten_parameters", "_init_flat_weights"), lambda self: None)
+        members["_weights_have_changed"] = lambda self: False
     adapted: Any = type(f"Adapted{base.__name__}", (base,), members)
     return adapted
 
