@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,26 @@ class Layer(NamedTuple):
     shape: tuple[int, ...]
 
 
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(x)[0]
+        return y
+
+
 LAYERS = (
     Layer("Conv2d 256→256, 3×3, 28×28, batch 8", lambda: nn.Conv2d(256, 256, 3, padding=1), (8, 256, 28, 28)),
     Layer("Conv2d 64→64, 7×7, 28×28, batch 8", lambda: nn.Conv2d(64, 64, 7, padding=3), (8, 64, 28, 28)),
@@ -34,6 +54,8 @@ LAYERS = (
     Layer("Linear 1024→1024, 2048 rows", lambda: nn.Linear(1024, 1024), (2048, 1024)),
     Layer("Linear 1024→1024, 64 rows", lambda: nn.Linear(1024, 1024), (64, 1024)),
     Layer("Linear 64→64, 256 rows", lambda: nn.Linear(64, 64), (256, 64)),
+    Layer("MultiheadAttention 256, 4 × 64 tokens", lambda: SelfAttention(256, 4), (4, 64, 256)),
+    Layer("LSTM 128→128, 8 × 32 steps", lambda: Recurrent(128), (8, 32, 128)),
 )
 
 
@@ -108,6 +130,8 @@ def _step(module: nn.Module, x: Tensor) -> float:
 
 
 def _always_built(module: nn.Module) -> None:
-    """Give an adapted layer the forward of its kind back: it then reads the effective weight."""
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {"forward": kind._adapted_class.forward})  # type: ignore[attr-defined]
+    """Give adapted layers the forward of their kind back: they then read the effective weight."""
+    for layer in module.modules():
+        kind: Any = type(layer)
+        if hasattr(kind, "_adapted_class"):
+            layer.__class__ = type(kind.__name__, (kind,), {"forward": kind._adapted_class.forward})

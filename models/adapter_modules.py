@@ -201,8 +201,8 @@ def base_parameter(module: nn.Module, name: str) -> Tensor:
 
 
 def sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Bank]]:
-    """Full name, module, name in the module and bank of each adapted parameter, at every place where it stands."""
-    for path, module in model.named_modules(remove_duplicate=False):
+    """Full name, module, name in the module and bank of each adapted parameter, in every module that has it."""
+    for path, module in model.named_modules():
         slot = module._modules.get(SLOT)
         for name, bank in ({} if slot is None else slot._modules).items():
             yield f"{path}.{name}" if path else name, module, name, bank

@@ -181,6 +181,8 @@ def _check(target: Target, config: FLoRAConfig) -> None:
         raise ValueError(f"target_modules: expected floating-point weights, got {name!r} of {parameter.dtype}")
     if parameter.ndim == 0 or 0 in parameter.shape:
         raise ValueError(f"target_modules: expected weights with entries, got {name!r} of {tuple(parameter.shape)}")
+    if type(parameter.data) is not torch.Tensor:  # quantised weights that pass for floating-point ones, and the like
+        raise ValueError(f"target_modules: expected plain tensors, got {name!r} of {type(parameter.data).__name__}")
     for place in target.places:
         module = place.module
         if isinstance(module, torch.jit.ScriptModule):

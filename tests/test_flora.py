@@ -33,6 +33,30 @@ class Experts(nn.Module):
         return torch.einsum("nx,exy->ney", x, self.w)
 
 
+class ListOfExperts(nn.Module):
+    """Parameters in a container of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.ParameterList([torch.randn(4, 5, 6) / 3, torch.randn(6, 7) / 3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.w
+        return torch.einsum("nx,exy->ney", x, first) @ second
+
+
+class Twice(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.again = nn.ModuleList([self.first])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again[0](self.first(x).tanh())
+
+
 class Tied(nn.Module):
     """Token embedding and output layer are one parameter."""
 
@@ -114,6 +138,8 @@ LAYERS: dict[str, Row] = {
     "rnn": (lambda: nn.RNN(6, 7), x(4, 2, 6)),
     "gru cell": (lambda: nn.GRUCell(6, 7), lambda: (x(4, 6)(), x(4, 7)())),
     "bare parameter": (Experts, x(3, 5)),
+    "bare parameters in a list": (ListOfExperts, x(3, 5)),
+    "one layer twice": (Twice, x(5, 8)),
     "tied": (Tied, ids),
     "several inputs": (TwoInputs, lambda: {"x": x(3, 6)(), "z": x(3, 2, 8)(), "scale": 2.0}),
     "convolution and linear": (
@@ -124,7 +150,7 @@ LAYERS: dict[str, Row] = {
 
 
 def config_of(kind: str, **options: Any) -> FLoRAConfig:
-    return FLoRAConfig(r=3, target_modules=["w"] if kind == "bare parameter" else "all", **options)
+    return FLoRAConfig(r=3, target_modules=["w"] if kind.startswith("bare") else "all", **options)
 
 
 def made(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
@@ -288,6 +314,20 @@ print(len(LAYERS))
         [sys.executable, "-W", "error", "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stderr, done.stdout.strip()) == (0, "", str(len(LAYERS)))
+
+
+def test_a_weighted_sum_survives_files(tmp_path: Path) -> None:
+    """Its ranks and scale are not those of its settings; parameters that are trained in full are summed too."""
+    (model, run), (other, run_other) = made("convolution and linear"), made("convolution and linear")
+    for seed, name in enumerate(("a", "b")):
+        config = FLoRAConfig(r=2, modules_to_save=["4"], bias="all", random_state=seed)
+        adapters = trained(inject_adapters(model, config, name), seed)
+    adapters.set_active(["a", "b"])
+    y = run(model)
+    adapters.add_weighted({"a": 1.0, "b": 1.0}, "sum")
+    adapters.save_pretrained(tmp_path, "sum")
+    load_adapters(other, tmp_path)
+    torch.testing.assert_close(run_other(other), y)
 
 
 def test_files_are_strict(tmp_path: Path) -> None:
