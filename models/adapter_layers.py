@@ -279,6 +279,11 @@ def _spread(y: Tensor, matrix: Tensor | None, h: Tensor, scale: float, n_kernel:
         return torch.add(y, h, alpha=scale)
     if y.ndim == n_kernel + 1:  # one example
         return torch.add(y, _mixed(matrix, h, n_kernel), alpha=scale)
+    if not y.is_contiguous():  # channels last, and so the result
+        rows = torch.addmm(
+            y.movedim(1, -1).flatten(0, -2), h.movedim(1, -1).flatten(0, -2), matrix.to(h.dtype).T, alpha=scale
+        )
+        return rows.view(y.movedim(1, -1).shape).movedim(-1, 1)
     each = matrix.to(h.dtype).expand(len(h), *matrix.shape)
     return torch.baddbmm(y.flatten(2), each, h.flatten(2), alpha=scale).view(y.shape)
 

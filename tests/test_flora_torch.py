@@ -156,6 +156,18 @@ def test_dropout_acts_on_the_update_alone() -> None:
             torch.testing.assert_close(run(model), y_base)
 
 
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(32, 30, 3, padding=1), nn.ConvTranspose2d(32, 30, 3)], ids=lambda x: str(x)
+)
+def test_channels_last_in_channels_last_out(layer: nn.Module) -> None:
+    layer, x = layer.double(), draw(4, 32, 12, 12)
+    trained(inject_adapters(layer, FLoRAConfig(r=2)))
+    y = layer(x)
+    y_last = layer.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    assert y_last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y_last, y, rtol=1e-10, atol=1e-10)
+
+
 def test_padding_rows_stay_what_they_were() -> None:
     model, run = made("embedding, padding")
     adapters = inject_adapters(model, FLoRAConfig(r=3))
@@ -201,6 +213,16 @@ def test_one_graph_without_breaks(kind: str) -> None:
     with adapters.disable(), torch.no_grad():
         y_base = run(model)
         torch.testing.assert_close(run(compiled), y_base)
+
+
+def test_one_graph_for_inputs_of_any_size() -> None:
+    layer = nn.Linear(64, 48)
+    trained(inject_adapters(layer, FLoRAConfig(r=4)))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (5, 9, 3000):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "lstm, projected"])
