@@ -129,6 +129,26 @@ def test_no_form_of_a_large_layer_makes_the_whole_update() -> None:
         assert all(parameter.grad is not None for parameter in adapters.trainable_parameters())
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(128, 128, 3, padding=1), (2, 128, 14, 14)),
+        (nn.ConvTranspose2d(128, 128, 3), (2, 128, 14, 14)),
+        (nn.Linear(512, 512), (256, 512)),
+    ],
+    ids=["convolution", "transposed", "linear"],
+)
+def test_forms_of_large_layers_equal_their_merge_in_single_precision(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """An update as large as the weight, in a form that does not make it."""
+    adapters, x = inject_adapters(layer, FLoRAConfig(r=16)), draw(*shape).float()
+    adapters.deltas("default")["weight"].core.data = 0.02 * draw(*adapters.deltas("default")["weight"].ranks).float()
+    y_base = (adapters.set_active([]), layer(x))[1]
+    y = (adapters.set_active("default"), layer(x))[1].detach()
+    assert (y - y_base).abs().max() > 1
+    adapters.merge()
+    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
+
+
 def test_a_forward_of_the_users_own_reads_the_effective_weight() -> None:
     class Standardised(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
