@@ -5,6 +5,9 @@ from probtensor.models.additive_coders import DSC as DSC
 from probtensor.models.additive_coders import TSC as TSC
 from probtensor.models.augmentation import DAIN as DAIN
 from probtensor.models.completion import NeuralTensorCompletion as NeuralTensorCompletion
+from probtensor.models.flora import FLoRAConfig as FLoRAConfig
+from probtensor.models.flora import inject_adapters as inject_adapters
+from probtensor.models.flora import load_adapters as load_adapters
 from probtensor.models.funbat import FunBaT as FunBaT
 from probtensor.models.gaussian_coder import GSC as GSC
 from probtensor.models.max_coders import MCA as MCA
@@ -21,9 +24,12 @@ __all__ = [
     "MCA",
     "MMCA",
     "TSC",
+    "FLoRAConfig",
     "FunBaT",
     "MoG",
     "MoP",
     "NeuralTensorCompletion",
     "NoisyOR",
+    "inject_adapters",
+    "load_adapters",
 ]

@@ -1,0 +1,142 @@
+"""Updates at their start: random, from the weight, from a gradient, from a file."""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probtensor.models.adapter_config import FLoRAConfig
+from probtensor.models.adapter_layers import kernel_modes
+from probtensor.models.adapter_modules import TuckerDelta
+from probtensor.models.adapter_targets import Target, find_targets
+from probtensor.models.tucker_delta import leading_factors, step_scale
+
+__all__ = ["empty_delta", "filled", "new_delta", "weight_gradients"]
+
+
+def weight_gradients(
+    model: nn.Module, config: FLoRAConfig, loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Mean gradient of a loss by each parameter that an adapter of these settings would update.
+
+    For ``init="gradient"``. Needs memory for one gradient of each weight.
+
+    Parameters
+    ----------
+    model : Module
+        Not adapted yet; it is left as it is.
+    config : FLoRAConfig
+    loss : callable
+        From the model and a batch to a scalar.
+    batches : iterable
+
+    Returns
+    -------
+    dict of str to Tensor
+        By the parameters' full names.
+
+    Raises
+    ------
+    ValueError
+        If there is no batch, or the settings do not fit the model.
+
+    Examples
+    --------
+    >>> gradients = weight_gradients(nn.Linear(2, 1), FLoRAConfig(), lambda m, x: m(x).sum(), [torch.ones(3, 2)])
+    >>> gradients["weight"]
+    tensor([[3., 3.]])
+    """
+    targets = [target for target in find_targets(model, config) if not target.dense]
+    parameters = [target.parameter for target in targets]
+    before = [parameter.requires_grad for parameter in parameters]
+    totals, count = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters], 0
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for batch in batches:
+            gradients = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
+            for total, gradient in zip(totals, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient
+            count += 1
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+    if count == 0:
+        raise ValueError("batches: expected at least one, got none")
+    return {target.name: total / count for target, total in zip(targets, totals, strict=True)}
+
+
+def new_delta(target: Target, config: FLoRAConfig, gradients: Mapping[str, Tensor] | None) -> TuckerDelta:
+    """An update at its start, in which it changes nothing.
+
+    Raises
+    ------
+    ValueError
+        If ranks do not fit the weight, or its gradient is asked for and not given.
+    """
+    name, shape = target.name, tuple(target.parameter.shape)
+    if target.dense:
+        return empty_delta(target, config, shape, 1.0, 0.0)
+    ranks = config.ranks(name, shape, kernel_modes(target.places[0].module))
+    delta = empty_delta(target, config, ranks, step_scale(config.alpha_of(name), shape, ranks), float(config.dropout))
+    if config.init != "zero" and target.parameter.is_meta:
+        raise ValueError(f"init: expected 'zero' for a model on the meta device, got {config.init!r}")
+    if config.init == "weight":
+        delta.start(leading_factors(target.parameter, ranks))
+    if gradients is not None:
+        if name not in gradients or tuple(gradients[name].shape) != shape:
+            found = tuple(gradients[name].shape) if name in gradients else "none"
+            raise ValueError(f"gradients: expected one of {shape} for {name!r}, got {found}")
+        delta.start(leading_factors(gradients[name], ranks))
+    return delta
+
+
+def empty_delta(target: Target, config: FLoRAConfig, ranks: Sequence[int], scale: float, dropout: float) -> TuckerDelta:
+    """An update of given ranks at its random start.
+
+    Parameters
+    ----------
+    target : Target
+    config : FLoRAConfig
+        Its seed counts; ranks, scale and dropout are given apart.
+    ranks : sequence of int
+    scale, dropout : float
+    """
+    parameter = target.parameter
+    delta = TuckerDelta(
+        tuple(parameter.shape),
+        ranks,
+        scale,
+        # by the name, so that a start does not depend on which other weights are adapted
+        (config.random_state + zlib.crc32(target.name.encode())) % 2**63,
+        config,
+        dropout=dropout,
+        dtype=torch.promote_types(parameter.dtype, torch.float32),
+        device=parameter.device,
+    )
+    padding = {getattr(place.module, "padding_idx", None) for place in target.places if place.name == "weight"}
+    if padding != {None} and len(padding) == 1:
+        delta.zero_row = padding.pop()  # no gradient comes to it, so it stays zero, and the padding what it was
+        delta.reset_parameters()
+    return delta
+
+
+def filled(delta: TuckerDelta, tensors: Mapping[str, Tensor], name: str) -> TuckerDelta:
+    """An update with tensors from a file; on the CPU if the base has no storage yet.
+
+    Raises
+    ------
+    ValueError
+        If a tensor has another shape.
+    """
+    for key, value in tensors.items():
+        own = delta._parameters[key]
+        if own is None or own.shape != value.shape:
+            expected = None if own is None else tuple(own.shape)
+            raise ValueError(f"path: expected {name}.{key} of {expected}, got {tuple(value.shape)}")
+        device = "cpu" if own.is_meta else own.device
+        delta._parameters[key] = nn.Parameter(value.to(device, own.dtype, copy=True))
+    return delta
