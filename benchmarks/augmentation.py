@@ -7,8 +7,6 @@ start from networks of the same settings, those of the paper: a perceptron [96, 
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ import pandas as pd
 import torch
 from sklearn.model_selection import train_test_split
 
-from benchmarks.completion import COMPLETION_SETS, Integers, load_cells
+from benchmarks.completion import COMPLETION_SETS, in_processes, load_cells
+from benchmarks.completion_peers import Integers
 from benchmarks.datasets import Floats
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.metrics import rmse
@@ -80,32 +79,28 @@ FORMS: dict[str, Form] = {
 }
 
 
-def one_split(folder: Path, name: str, seed: int, device: str) -> dict[str, tuple[float, float]]:
-    """Test RMSE and seconds of each form."""
+def one_form(folder: Path, name: str, label: str, seed: int, device: str) -> tuple[float, float]:
+    """Test RMSE and seconds."""
     torch.set_num_threads(1)
     X, y = load_cells(folder, name)
     rest, test = train_test_split(np.arange(len(y)), test_size=0.1, random_state=seed)
     train, check = train_test_split(rest, test_size=0.2, random_state=seed)
-    rows = X[train], y[train], X[check], y[check], X[test]
-    found = {}
-    for label, form in FORMS.items():
-        start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnknownLabelWarning)
-            predicted = form(rows, seed, device)
-        found[label] = rmse(y[test], predicted), time.perf_counter() - start
-    return found
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownLabelWarning)
+        predicted = FORMS[label]((X[train], y[train], X[check], y[check], X[test]), seed, device)
+    return rmse(y[test], predicted), time.perf_counter() - start
 
 
 def augmentation_lines(folder: Path, names: list[str], seeds: list[int], device: str, jobs: int) -> Iterator[str]:
     """A table a data set: test RMSE, differences to one, two and five networks with standard errors, seconds."""
-    tasks = [(folder, name, seed, device) for name in reversed(names) for seed in seeds]  # the large ones first
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        results = dict(zip([task[1:3] for task in tasks], pool.map(one_split, *zip(*tasks, strict=True)), strict=True))
+    tasks = [(folder, name, label, seed, device) for name in reversed(names) for label in FORMS for seed in seeds]
+    found = in_processes(one_form, tasks, jobs)
     for name in names:
         digits = COMPLETION_SETS[name][1]
-        errors = pd.DataFrame([{k: v[0] for k, v in results[name, seed].items()} for seed in seeds])
-        seconds = pd.DataFrame([{k: v[1] for k, v in results[name, seed].items()} for seed in seeds]).mean()
+        pairs = {label: [found[folder, name, label, seed, device] for seed in seeds] for label in FORMS}
+        errors = pd.DataFrame({label: [error for error, _ in each] for label, each in pairs.items()})
+        seconds = {label: np.mean([second for _, second in each]) for label, each in pairs.items()}
         yield from (f"{name}: splits {seeds}", "")
         yield from ("| | RMSE | to one network | to two | to five | seconds |", "|---|---|---|---|---|---|")
         for label in FORMS:

@@ -5,10 +5,14 @@ method sets aside to choose its settings comes out of the other nine tenths. Pee
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.model_selection import train_test_split
 
@@ -17,7 +21,7 @@ from benchmarks.datasets import Floats
 from probtensor.metrics import rmse
 from probtensor.models import NeuralTensorCompletion
 
-__all__ = ["COMPLETION_SETS", "METHODS", "completion_lines", "load_cells"]
+__all__ = ["COMPLETION_SETS", "METHODS", "completion_lines", "in_processes", "load_cells"]
 
 COMPLETION_SETS = {  # name of the file, decimals shown
     "synthetic": ("dain_synthetic10k", 4),
@@ -73,35 +77,51 @@ METHODS: dict[str, tuple[str, Method]] = {  # name on the command line: label, m
 }
 
 
+def in_processes(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int) -> dict[Any, Any]:
+    """Results by task, so many at a time, each in a process of its own; with one job in this one."""
+    if jobs == 1:
+        return {task: function(*task) for task in tasks}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {task: pool.submit(function, *task) for task in tasks}
+        return {task: future.result() for task, future in futures.items()}
+
+
 def completion_lines(
-    folder: Path, names: list[str], seeds: list[int], methods: Sequence[str] = tuple(METHODS)
+    folder: Path, names: list[str], seeds: list[int], methods: Sequence[str] = tuple(METHODS), jobs: int = 1
 ) -> Iterator[str]:
     """A table a data set: test RMSE, share of test values inside 90 % intervals, and seconds, over splits."""
+    tasks = [(folder, name, short, seed) for name in names for short in reversed(methods) for seed in seeds]
+    found = in_processes(one_split, tasks, jobs)
     yield from (PROTOCOL, "")
     for name in names:
-        X, y = load_cells(folder, name)
         digits = COMPLETION_SETS[name][1]
-        yield from (f"{name}: {len(y)} cells, {X.shape[1]} modes, splits {seeds}", "")
+        X, _ = load_cells(folder, name)
+        yield from (f"{name}: {len(X)} cells, {X.shape[1]} modes, splits {seeds}", "")
         yield from ("| | RMSE | of each split | inside 90 % | seconds |", "|---|---|---|---|---|")
-        for label, method in (METHODS[short] for short in methods):
-            try:
-                yield f"| {label} | {_row(method, X, y, seeds, digits)} |"
-            except Impossible as reason:
-                yield f"| {label} | impossible: {reason} | – | – | – |"
+        for short in methods:
+            yield f"| {METHODS[short][0]} | {_row([found[folder, name, short, seed] for seed in seeds], digits)} |"
         yield ""
 
 
-def _row(method: Method, X: Integers, y: Floats, seeds: list[int], digits: int) -> str:
-    errors, inside, seconds = [], [], []
-    for seed in seeds:
-        train, test = train_test_split(np.arange(len(y)), test_size=0.1, random_state=seed)
-        start = time.perf_counter()
-        predicted, ends = method(X[train], y[train], X[test], seed)
-        seconds.append(time.perf_counter() - start)
-        errors.append(rmse(y[test], predicted))
-        if ends is not None:
-            inside.append(float(np.mean((ends[0] <= y[test]) & (y[test] <= ends[1]))))
+def one_split(folder: Path, name: str, short: str, seed: int) -> tuple[float, float | None, float] | str:
+    """Test RMSE, share inside 90 % intervals, seconds; or why there is none."""
+    torch.set_num_threads(1)
+    X, y = load_cells(folder, name)
+    train, test = train_test_split(np.arange(len(y)), test_size=0.1, random_state=seed)
+    start = time.perf_counter()
+    try:
+        predicted, ends = METHODS[short][1](X[train], y[train], X[test], seed)
+    except Impossible as reason:
+        return str(reason)
+    inside = None if ends is None else float(np.mean((ends[0] <= y[test]) & (y[test] <= ends[1])))
+    return rmse(y[test], predicted), inside, time.perf_counter() - start
+
+
+def _row(found: Sequence[tuple[float, float | None, float] | str], digits: int) -> str:
+    if isinstance(found[0], str):
+        return f"impossible: {found[0]} | – | – | –"
+    errors, inside, seconds = (list(column) for column in zip(*found, strict=True))
     spread = f" ± {np.std(errors, ddof=1):.{digits}f}" if len(errors) > 1 else ""
     each = " ".join(f"{error:.{digits}f}" for error in errors)
-    covered = f"{100 * np.mean(inside):.1f} %" if inside else "–"
+    covered = "–" if inside[0] is None else f"{100 * np.mean(inside):.1f} %"
     return f"{np.mean(errors):.{digits}f}{spread} | {each} | {covered} | {np.mean(seconds):.1f}"

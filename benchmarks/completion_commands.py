@@ -15,6 +15,7 @@ from benchmarks.influence import influence_lines, jobs_of
 Cells = Annotated[Path, typer.Option(help="Folder with dain_synthetic10k.npz, nyc2019_taxi_fares.npz, ….")]
 Sets = Annotated[str, typer.Option(help="Data sets, separated by commas.")]
 Seeds = Annotated[str, typer.Option(help="Of splits and fits; separated by commas.")]
+Jobs = Annotated[int, typer.Option(help="Fits at a time, a thread each.")]
 ALL_SETS, ALL_METHODS = ",".join(COMPLETION_SETS), ",".join(METHODS)
 
 
@@ -24,11 +25,11 @@ def completion(
     sets: Sets = ALL_SETS,
     seeds: Seeds = "0,1,2,3,4",
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = ALL_METHODS,
+    jobs: Jobs = 1,
     out: Out = None,
 ) -> None:
     """Neural tensor completion against means, effects, trees, factorizations and networks, a tenth of rows held out."""
-    torch.set_num_threads(1)
-    lines = completion_lines(data, sets.split(","), [int(seed) for seed in seeds.split(",")], methods.split(","))
+    lines = completion_lines(data, sets.split(","), [int(seed) for seed in seeds.split(",")], methods.split(","), jobs)
     report([f"{machine('cpu')}, one thread", "", *lines], out)
 
 
@@ -38,7 +39,7 @@ def augmentation(
     sets: Sets = ALL_SETS,
     seeds: Seeds = "0,1,2,3,4",
     device: str = "cpu",
-    jobs: Annotated[int, typer.Option(help="Splits at a time, a thread each.")] = 1,
+    jobs: Jobs = 1,
     out: Out = None,
 ) -> None:
     """DAIN's forms against one network and several, 72 % of the rows to train, 18 % to validate, 10 % to test."""
