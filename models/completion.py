@@ -22,11 +22,14 @@ from probtensor.estimator import TensorRegressor
 from probtensor.inference.influence import Preconditioner
 from probtensor.intake import Table, Where
 from probtensor.models.completion_files import fitted_from_state, fitted_to_state
-from probtensor.models.completion_fit import Fitted, fit_completion, moments
+from probtensor.models.completion_findings import Findings
+from probtensor.models.completion_fit import fit_completion, moments
 from probtensor.models.completion_influence import row_influence
 from probtensor.models.completion_inputs import bin_edges, encode, n_labels
+from probtensor.models.completion_links import Likelihood, check_values
 from probtensor.models.completion_settings import Settings, settings_of
-from probtensor.predictive import NormalMixture
+from probtensor.models.completion_stacking import discrete
+from probtensor.predictive import NormalMixture, Predictive
 from probtensor.resources import RandomState, make_generator, resolve_device
 
 __all__ = ["NeuralTensorCompletion"]
@@ -37,7 +40,7 @@ IntArray = npt.NDArray[np.int64]
 SHOW_AFTER = 1.0  # seconds before a progress bar appears
 
 
-class NeuralTensorCompletion(TensorRegressor):
+class NeuralTensorCompletion(Findings, TensorRegressor):
     """Completion of a tensor by effects of labels and their combinations, factors, and ensembles of networks.
 
     Candidates from plain to rich are fitted side by side: effects of labels, pairs and triples of labels, shrunk in
@@ -52,6 +55,9 @@ class NeuralTensorCompletion(TensorRegressor):
         Factors of each mode, for interactions of any number of modes; 0 for none.
     head : {"mlp", "costco", None}, default "mlp"
         Network over the modes' embeddings: a perceptron, CoSTCo's convolutions, or none.
+    likelihood : {"gaussian", "bernoulli", "poisson"}, default "gaussian"
+        Of the values: real numbers, 0 and 1, or counts. Effects and networks then add up to the value, to the log odds
+        of a 1, or to the logarithm of the expected count.
     axes : sequence of Axis, optional
         What the modes mean. Default: by column, floats and dates continuous, all else categorical. Continuous modes
         have up to 64 bins as labels, and smooth features of the coordinate as inputs of the network; kernels are not
@@ -94,9 +100,11 @@ class NeuralTensorCompletion(TensorRegressor):
     best_epochs_ : dict of str to tuple of int
         Of each candidate's members; 0 is the start.
     validation_rmse_ : dict of str to ndarray, shape (epochs + 1, n_members)
-        Of each candidate's members on their rows held out, from the start on, in the unit of y.
+        Of each candidate's members on their rows held out, from the start on, in the unit of y; Gaussian values only.
+    validation_deviance_ : dict of str to ndarray, shape (epochs + 1, n_members)
+        The same as mean deviances, for any likelihood: of Gaussian values, the squared error.
     noise_std_ : float
-        Standard deviation that the effects leave to the noise, in the unit of y.
+        Standard deviation that the effects leave to the noise, in the unit of y; Gaussian values only.
     axes_, y_mean_, y_scale_, n_features_in_, feature_names_in_
         See `TensorRegressor`.
 
@@ -122,7 +130,6 @@ class NeuralTensorCompletion(TensorRegressor):
     True
     """
 
-    _fitted: Fitted
     _edges: dict[str, FloatArray]
 
     def __init__(
@@ -131,6 +138,7 @@ class NeuralTensorCompletion(TensorRegressor):
         head: Literal["mlp", "costco"] | None = "mlp",
         axes: Sequence[Axis] | None = None,
         *,
+        likelihood: Likelihood = "gaussian",
         biases: bool = True,
         interactions: bool = True,
         embedding: int = 16,
@@ -150,6 +158,7 @@ class NeuralTensorCompletion(TensorRegressor):
         self.rank = rank
         self.head = head
         self.axes = axes
+        self.likelihood = likelihood
         self.biases = biases
         self.interactions = interactions
         self.embedding = embedding
@@ -165,64 +174,6 @@ class NeuralTensorCompletion(TensorRegressor):
         self.device = device
         self.random_state = random_state
         self.progress = progress
-
-    @property
-    def weights_(self) -> dict[str, float]:
-        """Weight of each candidate in the mean; they sum to one."""
-        check_is_fitted(self, "axes_")
-        return dict(zip(self._candidates(), self._fitted.weights.tolist(), strict=True))
-
-    @property
-    def best_epochs_(self) -> dict[str, tuple[int, ...]]:
-        """Epochs of each candidate's members; 0 is the start."""
-        check_is_fitted(self, "axes_")
-        M = self._fitted.n_members
-        epochs = [
-            group.best_epoch[first : first + M]
-            for group in self._fitted.groups
-            for first in range(0, len(group.best_epoch), M)
-        ]
-        names = self._candidates()
-        return dict(zip(names[len(names) - len(epochs) :], epochs, strict=True))
-
-    @property
-    def validation_rmse_(self) -> dict[str, FloatArray]:
-        """RMSE (epochs + 1, n_members) of each candidate's members on their rows held out, in the unit of y."""
-        check_is_fitted(self, "axes_")
-        M = self._fitted.n_members
-        curves = [
-            self.y_scale_ * group.history[:, first : first + M].double().sqrt().numpy()
-            for group in self._fitted.groups
-            for first in range(0, len(group.best_epoch), M)
-        ]
-        names = self._candidates()
-        return dict(zip(names[len(names) - len(curves) :], curves, strict=True))
-
-    @property
-    def strengths_(self) -> dict[tuple[str, ...], float]:
-        """Shrinkage of the effects of each subset of modes."""
-        check_is_fitted(self, "axes_")
-        names = [str(axis.name) for axis in self.axes_]
-        effects = self._fitted.effects
-        pairs = zip(effects.subsets, effects.strengths, strict=True)
-        return {tuple(names[mode] for mode in subset): strength for subset, strength in pairs}
-
-    @property
-    def noise_std_(self) -> float:
-        """Standard deviation that the effects leave to the noise, in the unit of y."""
-        check_is_fitted(self, "axes_")
-        return math.sqrt(self._fitted.effects.noise_variance) * self.y_scale_
-
-    def _candidates(self) -> list[str]:
-        single = self.biases or not self._fitted.groups
-        M = self._fitted.n_members
-        decays = self._settings().weight_decay
-        names = [
-            f"{group.name}, decay {decay:g}"
-            for group in self._fitted.groups
-            for decay in decays[: len(group.best_epoch) // M]
-        ]
-        return ["effects", *names] if single else names
 
     def _settings(self) -> Settings:
         return settings_of(self.get_params(deep=False))
@@ -303,6 +254,7 @@ class NeuralTensorCompletion(TensorRegressor):
         ]
         labels, smooth = self._encode(encoded)
         values = table.values.double().cpu().numpy()
+        check_values(settings.likelihood, values, "y")
         weight = np.ones(len(values)) if table.count is None else table.count.double().cpu().numpy()
         n_validation = 0
         if self._validation is not None:
@@ -314,7 +266,9 @@ class NeuralTensorCompletion(TensorRegressor):
         with tqdm(desc="epochs", delay=SHOW_AFTER, disable=not self.progress) as bar:
 
             def report(name: str, epoch: int, loss: float) -> None:
-                bar.set_postfix_str(f"{name}: RMSE {math.sqrt(loss) * self.y_scale_:.4g}", refresh=False)
+                gaussian = settings.likelihood == "gaussian"
+                shown = f"RMSE {math.sqrt(loss) * self.y_scale_:.4g}" if gaussian else f"deviance {loss:.4g}"
+                bar.set_postfix_str(f"{name}: {shown}", refresh=False)
                 bar.update()
 
             generator = make_generator(self.random_state)
@@ -342,6 +296,7 @@ class NeuralTensorCompletion(TensorRegressor):
             raise ValueError(f"{values_name}: expected shape ({len(where)},) as {name} has rows, got {values.shape}")
         if not len(values) or not np.isfinite(values).all():
             raise ValueError(f"{values_name}: expected finite values, at least one, got {values}")
+        check_values(str(self.likelihood), values, values_name)
         labels, smooth = self._encode([column.numpy() for column in where.encoded])
         return labels, smooth, (values - self.y_mean_) / self.y_scale_
 
@@ -363,7 +318,8 @@ class NeuralTensorCompletion(TensorRegressor):
         X, y : shape (n, K), (n,)
             Rows that are scored.
         X_query, y_query : shape (m, K), (m,)
-            Rows whose summed loss, half the squared error, is looked at; best rows that were held out.
+            Rows whose summed loss is looked at, half the squared error or the negative log-likelihood of other values;
+            best rows that were held out.
         parameters : {"all", "last"}, default "all"
             Of all of a network's parameters, or of the last layer's alone.
         preconditioner : MFAC or GaussNewton, optional
@@ -374,9 +330,10 @@ class NeuralTensorCompletion(TensorRegressor):
         Returns
         -------
         ndarray, shape (n,)
-            By how much a step of gradient descent on the row, of size one, lowers the loss, in the unit of y squared:
-            the mean over members, summed over `n_checkpoints` times of the training. Of the networks, by the weights
-            that they have among themselves in the prediction; the effects in closed form stay as they are.
+            By how much a step of gradient descent on the row, of size one, lowers the loss, in the unit of y squared,
+            or of log-likelihood: the mean over members, summed over `n_checkpoints` times of the training. Of the
+            networks, by the weights that they have among themselves in the prediction; the effects in closed form stay
+            as they are.
 
         Raises
         ------
@@ -403,9 +360,14 @@ class NeuralTensorCompletion(TensorRegressor):
         scores: FloatArray = found * self.y_scale_**2
         return scores if signed else np.abs(scores)
 
-    def _predictive(self, where: Where) -> NormalMixture:
+    def _location_scale(self) -> bool:
+        return self._settings().likelihood == "gaussian"
+
+    def _predictive(self, where: Where) -> Predictive:
         labels, smooth = self._encode([column.cpu().numpy() for column in where.encoded])
         mean, variance = moments(self._fitted, labels, smooth, bool(self.biases))
+        if self._fitted.spread is not None:
+            return discrete(self._fitted.likelihood, mean, variance, self._fitted.spread)
         mixture = self._fitted.mixture
         unit = np.sqrt(inflated(variance, mixture.inflation) + self._fitted.effects.noise_variance)
         return NormalMixture(mean, unit[:, None] * mixture.scales.numpy(), mixture.weights.numpy())

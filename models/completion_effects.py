@@ -5,10 +5,15 @@ is a combination of labels of its modes. Effects are ``N(0, sigma^2 / strength_S
 ``N(0, sigma^2)``: a cell of weight ``n`` keeps ``n / (n + strength_S)`` of its deviation, and one that was never seen
 has none and falls back on the smaller subsets. Strengths are chosen on rows held out; an infinite one drops the subset.
 
+Where values are binary or counts, the sum is the predictor of `completion_links`, with an intercept, the effect of the
+empty subset, that is hardly shrunk; effects are ``N(0, 1 / strength_S)``. The sweeps are then those of iteratively
+reweighted least squares, with weights renewed at each subset: Newton's step for one subset after the other.
+
 References
 ----------
 Hastie, Tibshirani (1990), "Generalized Additive Models", chapter 5, for backfitting. Searle, Casella, McCulloch (1992),
-"Variance Components", for shrinkage in crossed classifications.
+"Variance Components", for shrinkage in crossed classifications. Green (1984), "Iteratively Reweighted Least Squares for
+Maximum Likelihood Estimation, and some Robust and Resistant Alternatives", JRSS B 46.
 """
 
 import math
@@ -19,17 +24,30 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Effects", "choose_strengths", "fit_effects", "number_cells", "start_strengths", "subsets_of"]
+from probtensor.models.completion_links import curvature, deviance, link, means
+
+__all__ = [
+    "Effects",
+    "choose_strengths",
+    "fit_effects",
+    "number_cells",
+    "start_effects",
+    "start_strengths",
+    "subsets_of",
+]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 MAX_ORDER = 3  # modes in a subset at most, where there are few modes
 MANY_MODES = 5  # with more, pairs at most: the number of subsets grows with the order's power
-START = {1: 3.0, 2: 10.0, 3: 10.0}  # strengths that the search starts from, by the number of modes
+START = {0: 1e-3, 1: 3.0, 2: 10.0, 3: 10.0}  # strengths that the search starts from, by the number of modes
+START_LINK = {0: 1e-3, 1: 1.0, 2: 1.0, 3: 3.0}  # of effects on log odds and logarithms, whose unit is known
 STEP = 3.0  # factor between strengths that are tried
 SWEEPS, TRIAL_SWEEPS, PASSES = 20, 3, 4
+LINK_PASSES = 8
 TOO_STRONG = 1e4  # such effects are none
+LONGEST = 1.0  # step of an effect on log odds and logarithms: beyond, Newton's parabola is none
 
 
 class Cells(NamedTuple):
@@ -55,7 +73,7 @@ class Effects(NamedTuple):
     strengths : tuple of float
         Finite.
     noise_variance : float
-        ``sigma^2``.
+        ``sigma^2``; 1 for effects on log odds and logarithms, whose `weights` are summed curvatures.
     """
 
     subsets: tuple[tuple[int, ...], ...]
@@ -99,10 +117,29 @@ def number_cells(positions: IntArray, subset: Sequence[int], sizes: Sequence[int
     return Cells(known, code.ravel().astype(np.int64))
 
 
-def sweep(
-    cells: Sequence[Cells], effects: list[FloatArray], residual: FloatArray, weight: FloatArray, strengths: Any, n: int
+def start_effects(
+    cells: Sequence[Cells], values: FloatArray, weight: FloatArray, likelihood: str = "gaussian"
 ) -> tuple[list[FloatArray], FloatArray]:
-    """Effects after n sweeps of backfitting, and what they leave of the values, (n_rows,).
+    """No effects but an intercept, where there is one, and the state that `sweep` starts from."""
+    effects = [np.zeros(len(part.known)) for part in cells]
+    if likelihood == "gaussian":
+        return effects, values
+    n = float(weight.sum())
+    effects[0][:] = link(likelihood, float(weight @ values) / n, n)
+    return effects, np.full(len(values), effects[0][0])
+
+
+def sweep(
+    cells: Sequence[Cells],
+    effects: list[FloatArray],
+    state: FloatArray,
+    weight: FloatArray,
+    strengths: Any,
+    n: int,
+    values: FloatArray | None = None,
+    likelihood: str = "gaussian",
+) -> tuple[list[FloatArray], FloatArray]:
+    """Effects after n sweeps of backfitting, and their state, (n_rows,).
 
     Parameters
     ----------
@@ -110,36 +147,51 @@ def sweep(
         One a subset.
     effects : list of ndarray, shape (C_S,)
         To start from.
-    residual : ndarray, shape (n_rows,)
-        Values less these effects.
+    state : ndarray, shape (n_rows,)
+        Of Gaussian values, what these effects leave of them; else the predictor, the effects' sum.
     weight : ndarray, shape (n_rows,)
         Zero for rows held out.
     strengths : sequence of float
     n : int
+    values : ndarray, shape (n_rows,), optional
+        Where they are not Gaussian.
+    likelihood : str, default "gaussian"
     """
-    effects, residual = list(effects), residual.copy()
-    totals = [np.bincount(part.code, weight, len(part.known)) for part in cells]
+    effects, state = list(effects), state.copy()
+    known = state if values is None else values
+    gaussian = likelihood == "gaussian"
+    sign = -1.0 if gaussian else 1.0
+    totals = [np.bincount(part.code, weight, len(part.known)) for part in cells] if gaussian else []
     for _ in range(n):
         moved = 0.0
         for s, (part, strength) in enumerate(zip(cells, strengths, strict=True)):
             if math.isinf(strength):
                 if effects[s].any():
-                    residual += effects[s][part.code]
+                    state -= sign * effects[s][part.code]
                     effects[s] = np.zeros_like(effects[s])
                 continue
-            pull = np.bincount(part.code, weight * residual, len(part.known)) - strength * effects[s]
-            step = pull / (totals[s] + strength)
+            if gaussian:
+                error, total = state, totals[s]
+            else:
+                mean = means(likelihood, state)
+                error = known - mean
+                total = np.bincount(part.code, weight * curvature(likelihood, mean), len(part.known))
+            pull = np.bincount(part.code, weight * error, len(part.known)) - strength * effects[s]
+            step = pull / (total + strength)
+            if not gaussian:
+                step = step.clip(-LONGEST, LONGEST)
             effects[s] = effects[s] + step
-            residual -= step[part.code]
+            state += sign * step[part.code]
             moved = max(moved, float(np.abs(step).max(initial=0.0)))
         if moved < 1e-5:
             break
-    return effects, residual
+    return effects, state
 
 
-def start_strengths(subsets: Sequence[tuple[int, ...]]) -> list[float]:
+def start_strengths(subsets: Sequence[tuple[int, ...]], likelihood: str = "gaussian") -> list[float]:
     """Strengths that are believed before anything is known."""
-    return [START[len(subset)] for subset in subsets]
+    start = START if likelihood == "gaussian" else START_LINK
+    return [start[len(subset)] for subset in subsets]
 
 
 def choose_strengths(
@@ -148,8 +200,9 @@ def choose_strengths(
     values: FloatArray,
     weight: FloatArray,
     held_out: npt.NDArray[np.bool_],
+    likelihood: str = "gaussian",
 ) -> list[float]:
-    """Strengths of least squared error on rows held out, by one after the other, up, down or out.
+    """Strengths of least deviance on rows held out, by one after the other, up, down or out.
 
     Parameters
     ----------
@@ -158,6 +211,7 @@ def choose_strengths(
     subsets : sequence of tuple of int
     values, weight : ndarray, shape (n,)
     held_out : ndarray, shape (n,), bool
+    likelihood : str, default "gaussian"
 
     Returns
     -------
@@ -165,33 +219,45 @@ def choose_strengths(
         Infinite where a subset does not help.
     """
     train, test = np.where(held_out, 0.0, weight), np.where(held_out, weight, 0.0)
-    strengths = start = start_strengths(subsets)
-    effects, residual = [np.zeros(len(part.known)) for part in cells], values
-    effects, residual = sweep(cells, effects, residual, train, strengths, SWEEPS)
-    best = float(test @ residual**2)
-    for _ in range(PASSES):
+    strengths = start = start_strengths(subsets, likelihood)
+
+    def run(effects: list[FloatArray], state: FloatArray, trial: list[float], n: int) -> Any:
+        return sweep(cells, effects, state, train, trial, n, values, likelihood)
+
+    def loss_of(state: FloatArray) -> float:
+        return float(test @ (state**2 if likelihood == "gaussian" else deviance(likelihood, state, values)))
+
+    effects, state = run(*start_effects(cells, values, train, likelihood), strengths, SWEEPS)
+    best = loss_of(state)
+    for _ in range(PASSES if likelihood == "gaussian" else LINK_PASSES):
         before = best
         for s in reversed(range(len(cells))):
+            if not subsets[s]:
+                continue
             now = strengths[s]
             tried = [start[s]] if math.isinf(now) else [now * STEP, now / STEP, math.inf]
             for strength in tried:
                 trial = [*strengths[:s], strength, *strengths[s + 1 :]]
-                found = sweep(cells, effects, residual, train, trial, TRIAL_SWEEPS)
-                loss = float(test @ found[1] ** 2)
+                found = run(effects, state, trial, TRIAL_SWEEPS)
+                loss = loss_of(found[1])
                 if loss < best * (1 - 1e-5):
-                    best, strengths, (effects, residual) = loss, trial, found
+                    best, strengths, (effects, state) = loss, trial, found
         if best > before * (1 - 1e-3):
             break
     return [math.inf if strength > TOO_STRONG else strength for strength in strengths]
 
 
 def fit_effects(
-    cells: Sequence[Cells], values: FloatArray, weight: FloatArray, strengths: Sequence[float]
+    cells: Sequence[Cells],
+    values: FloatArray,
+    weight: FloatArray,
+    strengths: Sequence[float],
+    likelihood: str = "gaussian",
 ) -> tuple[list[FloatArray], FloatArray]:
     """Effects of each subset, and their sum at each row, held out or not, (n,)."""
-    start = [np.zeros(len(part.known)) for part in cells]
-    effects, residual = sweep(cells, start, values, weight, strengths, SWEEPS)
-    return effects, values - residual
+    effects, start = start_effects(cells, values, weight, likelihood)
+    effects, state = sweep(cells, effects, start, weight, strengths, SWEEPS, values, likelihood)
+    return effects, values - state if likelihood == "gaussian" else state
 
 
 def _numbers(positions: IntArray, subset: Sequence[int], sizes: Sequence[int]) -> IntArray:

@@ -10,6 +10,7 @@ from probtensor.calibration import ScaleMixture
 from probtensor.models.completion_effects import Effects
 from probtensor.models.completion_fit import Fitted, Group
 from probtensor.models.completion_network import Kind
+from probtensor.models.completion_stacking import Spread
 
 __all__ = ["fitted_from_state", "fitted_to_state"]
 
@@ -42,6 +43,8 @@ def fitted_to_state(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "inflation": fitted.mixture.inflation,
         "groups": json.loads(json.dumps(groups)),
         "n_members": fitted.n_members,
+        "likelihood": fitted.likelihood,
+        "spread": None if fitted.spread is None else list(fitted.spread),
     }
 
 
@@ -70,4 +73,5 @@ def fitted_from_state(arrays: dict[str, Tensor], meta: dict[str, Any], device: t
         history = arrays[f"history.{g}"]
         groups.append(Group(name, kind, on_effects, under(f"group.{g}."), tuple(best_epoch), history, checkpoints))
     mixture = ScaleMixture(meta["inflation"], arrays["scales"], arrays["scale_weights"])
-    return Fitted(effects, groups, arrays["weights"].numpy(), mixture, meta["n_members"])
+    spread = None if meta["spread"] is None else Spread(*meta["spread"])
+    return Fitted(effects, groups, arrays["weights"].numpy(), mixture, meta["n_members"], meta["likelihood"], spread)

@@ -8,10 +8,7 @@ A network on top of effects is trained on what effects leave of rows that these 
 row's own value would leave too little. So training rows are predicted by effects of the other rows, and neither holds
 a row of the member's own fold: what a member learns would otherwise know the held-out values, with the sign reversed.
 
-References
-----------
-Wolpert (1992), "Stacked generalization", Neural Networks 5. Breiman (1996), "Stacked regressions", Machine Learning
-24, for weights that are not negative.
+Binary values and counts go the same way with sums of log odds or logarithms; see `completion_links`.
 """
 
 import math
@@ -21,10 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
-from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture, with_tail
+from probtensor.calibration import ScaleMixture
 from probtensor.models.completion_effects import (
     Effects,
     choose_strengths,
@@ -33,10 +29,12 @@ from probtensor.models.completion_effects import (
     start_strengths,
     subsets_of,
 )
+from probtensor.models.completion_links import curvature, means
 from probtensor.models.completion_network import Kind, Parameters, Rows, fill_unknown, initial, predict, train
 from probtensor.models.completion_settings import Settings
+from probtensor.models.completion_stacking import LEAST_VARIANCE, Spread, calibrate, calibrate_discrete, stack
 
-__all__ = ["Fitted", "Group", "fit_completion", "head_features", "moments"]
+__all__ = ["Fitted", "Group", "fit_completion", "head_features", "link_offset", "moments"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -44,7 +42,6 @@ Mask = npt.NDArray[np.bool_]
 
 N_FOLDS = 5  # where there are not more members
 MIN_ROWS = 30  # fewer are left to the effects
-LEAST_VARIANCE = 1e-12  # of the noise of standardised values
 
 
 class Group(NamedTuple):
@@ -59,7 +56,7 @@ class Group(NamedTuple):
     parameters : dict of str to Tensor, members first
     best_epoch : tuple of int
     history : Tensor, shape (epochs + 1, members)
-        Mean squared error of each member's rows held out, from the start on.
+        Mean deviance, the squared error of Gaussian values, of each member's rows held out, from the start on.
     checkpoints : list of (parameters, rates)
         Parameters before the best ones, and the learning rates (members,) there; see `Fit`.
     """
@@ -74,7 +71,7 @@ class Group(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Everything that predicts standardised values.
+    """Everything that predicts standardised values, counts or binary values.
 
     Attributes
     ----------
@@ -84,7 +81,11 @@ class Fitted(NamedTuple):
     weights : ndarray, shape (C,)
         Of the effects if there are biases, then of each group's weight decays; they sum to one.
     mixture : ScaleMixture
+        Of Gaussian values' residuals.
     n_members : int
+    likelihood : str
+    spread : Spread, or None
+        Of other values.
     """
 
     effects: Effects
@@ -92,6 +93,8 @@ class Fitted(NamedTuple):
     weights: FloatArray
     mixture: ScaleMixture
     n_members: int
+    likelihood: str = "gaussian"
+    spread: Spread | None = None
 
 
 def fit_completion(
@@ -127,9 +130,11 @@ def fit_completion(
     report : callable
         Called with a group's name, the epoch and the members' mean loss.
     """
-    n, M = len(values), settings.n_members
+    n, M, likelihood = len(values), settings.n_members, settings.likelihood
+    gaussian = likelihood == "gaussian"
     subsets = subsets_of(len(sizes)) if settings.biases and settings.interactions else subsets_of(2)[:0]
     subsets = subsets or tuple((mode,) for mode in range(len(sizes)))
+    subsets = subsets if gaussian else ((), *subsets)  # an intercept
     cells = [number_cells(labels, subset, sizes) for subset in subsets]
     own = np.arange(n) < n - n_validation  # training rows
     small = own.sum() < MIN_ROWS
@@ -138,14 +143,17 @@ def fit_completion(
     else:
         fold = torch.randperm(n, generator=generator).numpy() % max(M, N_FOLDS)
         unseen = [fold == m for m in range(M)]
-    strengths = start_strengths(subsets) if small else choose_strengths(cells, subsets, values, weight, unseen[0])
+    strengths = start_strengths(subsets, likelihood)
+    if not small:
+        strengths = choose_strengths(cells, subsets, values, weight, unseen[0], likelihood)
     live = [s for s, strength in enumerate(strengths) if math.isfinite(strength)]
     cells, strengths = [cells[s] for s in live], [strengths[s] for s in live]
 
     def parts(held_out: Mask) -> tuple[FloatArray, FloatArray]:
         """Each effect (rows held out, S) of the other rows, and their variance in multiples of the noise's."""
         left = np.where(held_out, 0.0, weight)
-        found, _ = fit_effects(cells, values, left, strengths)
+        found, eta = fit_effects(cells, values, left, strengths, likelihood)
+        left = left * curvature(likelihood, means(likelihood, eta))
         pieces, variance = np.zeros((int(held_out.sum()), len(cells))), np.zeros(int(held_out.sum()))
         for s, (part, strength) in enumerate(zip(cells, strengths, strict=True)):
             code = part.code[held_out]
@@ -160,6 +168,8 @@ def fit_completion(
     for f, left_out in enumerate([] if small else unseen):
         pieces[f, left_out], spread[left_out] = parts(left_out)
         plain[left_out] = pieces[f, left_out].sum(axis=1)
+        if not gaussian and left_out.any():
+            pieces[f, ~left_out, 0] = pieces[f, left_out, 0][0]
         for g in range(N_FOLDS if settings.biases else 0):
             held_out = left_out | (inner == g)
             pieces[f, held_out & ~left_out] = parts(held_out)[0][~left_out[held_out]]
@@ -175,25 +185,30 @@ def fit_completion(
             candidates += found
     elif not candidates:
         candidates = [plain]
-    weights, stacked = _stack(candidates, values, weight, out)
+    weights = stack(np.stack(candidates, axis=1)[out], values[out], weight[out], likelihood)
+    stacked = np.stack(candidates, axis=1) @ weights
     train_weight = np.where(own, weight, 0.0)
-    found, fitted = fit_effects(cells, values, train_weight, strengths)
+    found, fitted = fit_effects(cells, values, train_weight, strengths, likelihood)
     rows = own if small else out
     residual = (values - (fitted if small else plain))[rows]
     share = weight[rows] / weight[rows].sum()
     noise = float(share @ residual**2 / (1 + share @ spread[rows]))
     noise = max(float(share @ values[rows] ** 2) if small else noise, LEAST_VARIANCE)
-    totals = [np.bincount(part.code, train_weight, len(part.known)).astype(np.float64) for part in cells]
+    noise = noise if gaussian else 1.0
+    bent = train_weight * curvature(likelihood, means(likelihood, fitted))
+    totals = [np.bincount(part.code, bent, len(part.known)).astype(np.float64) for part in cells]
     known = [part.known for part in cells]
     effects = Effects(tuple(subsets[s] for s in live), tuple(sizes), known, found, totals, tuple(strengths), noise)
-    mixture = ScaleMixture(1.0, torch.ones(1).double(), torch.ones(1).double())
-    if not small:
-        mixture = _calibrate((values - stacked)[out], noise * spread[out], noise)
-    return Fitted(effects, groups, weights, mixture, M)
+    mixture, scatter = ScaleMixture(1.0, torch.ones(1).double(), torch.ones(1).double()), None
+    if not gaussian:
+        scatter = calibrate_discrete(likelihood, stacked[out], spread[out], values[out], weight[out], int(own.sum()))
+    elif not small:
+        mixture = calibrate((values - stacked)[out], noise * spread[out], noise)
+    return Fitted(effects, groups, weights, mixture, M, likelihood, scatter)
 
 
 def moments(fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool) -> tuple[FloatArray, FloatArray]:
-    """Mean of standardised values at labels (n, K), -1 for unknown ones, and variance of the noise-free entries."""
+    """Predictors (n,) at labels (n, K), -1 for unknown ones, and the variances of these (n,)."""
     pieces, variance = fitted.effects.pieces(labels)
     plain = pieces.sum(axis=1)
     candidates = [plain] if biases or not fitted.groups else []
@@ -201,9 +216,16 @@ def moments(fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool) 
         device = group.parameters["bias"].device
         features = head_features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
         added = predict(group.kind, group.parameters, torch.from_numpy(labels).to(device), features)
-        means = added.double().cpu().numpy().reshape(-1, fitted.n_members, len(labels)).mean(axis=1)
-        candidates += [mean + plain if group.on_effects else mean for mean in means]
+        averaged = added.double().cpu().numpy().reshape(-1, fitted.n_members, len(labels)).mean(axis=1)
+        candidates += list(averaged + link_offset(fitted, group, pieces))
     return fitted.weights @ np.stack(candidates), variance
+
+
+def link_offset(fitted: Fitted, group: Group, pieces: FloatArray) -> FloatArray:
+    """What the members of a group add to, (n,): the effects, an intercept or nothing."""
+    if group.on_effects:
+        return np.asarray(pieces.sum(axis=1))
+    return np.zeros(len(pieces)) if fitted.likelihood == "gaussian" else pieces[:, 0]
 
 
 def _kinds(settings: Settings, n_modes: int) -> list[tuple[str, bool, int, str | None]]:
@@ -244,13 +266,19 @@ def _train(
     """Members of one kind, and what those of each weight decay predict of the rows that they have not seen, (n,)."""
     unseen, pieces, smooth, labels, values, weight = where
     F, M, n, decays = len(unseen), settings.n_members, len(values), settings.weight_decay
+    gaussian = settings.likelihood == "gaussian"
     offset = pieces.sum(axis=2, dtype=np.float64) if on_effects else np.zeros((F, n))
+    if not gaussian and not on_effects:
+        offset = pieces[:, :, 0].astype(np.float64)
+    target = values - offset if gaussian else np.broadcast_to(values, (F, n))
     features = head_features(kind, on_effects, pieces, smooth, device)
     rows = Rows(
         torch.from_numpy(labels).to(device),
         features,
-        torch.from_numpy((values - offset).astype(np.float32)).to(device),
+        torch.from_numpy(target.astype(np.float32)).to(device),
         torch.from_numpy(weight.astype(np.float32)).to(device),
+        None if gaussian else torch.from_numpy(offset.astype(np.float32)).to(device),
+        settings.likelihood,
     )
     train_rows, test_rows = [np.flatnonzero(~part) for part in unseen], [np.flatnonzero(part) for part in unseen]
     fewest, most = min(map(len, train_rows)), max(map(len, test_rows))
@@ -287,26 +315,3 @@ def _train(
         added[:, at] = found.reshape(len(decays), -1, len(at)).mean(axis=1) + offset[f, at]
     group = Group(name, kind, on_effects, filled, tuple(fit.epoch.tolist()), fit.history.cpu(), fit.checkpoints)
     return group, list(added)
-
-
-def _stack(
-    candidates: list[FloatArray], values: FloatArray, weight: FloatArray, out: Mask
-) -> tuple[FloatArray, FloatArray]:
-    """Weights that are not negative and sum to one, of least squared error on rows held out; and what they predict."""
-    if not out.any() or len(candidates) == 1 or not values[out].any():
-        return np.eye(len(candidates))[0], candidates[0]
-    design, root = np.stack(candidates, axis=1)[out], np.sqrt(weight[out])
-    heavy = 1e3 * np.linalg.norm(root)  # of the row that says that weights sum to one
-    left = np.vstack([root[:, None] * design, np.full(len(candidates), heavy)])
-    weights = nnls(left, np.append(root * values[out], heavy))[0]
-    weights = weights / weights.sum()
-    return weights, np.stack(candidates, axis=1) @ weights
-
-
-def _calibrate(residual: FloatArray, latent: FloatArray, noise: float) -> ScaleMixture:
-    """Scales of the residuals; one scale where they are few."""
-    parts = torch.from_numpy(residual), torch.from_numpy(latent), torch.full((len(residual),), noise).double()
-    if len(residual) < MIN_RESIDUALS:
-        scale = math.sqrt(max(float((parts[0] ** 2 / (parts[1] + parts[2])).mean()), LEAST_VARIANCE))
-        return ScaleMixture(1.0, torch.tensor([scale]).double(), torch.ones(1).double())
-    return with_tail(fit_scale_mixture(*parts), len(residual))

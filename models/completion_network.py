@@ -25,7 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from probtensor.models.completion_links import deviances
+
 __all__ = [
+    "Batch",
     "Fit",
     "Kind",
     "Rows",
@@ -40,7 +43,6 @@ __all__ = [
 ]
 
 Parameters = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor | None, Tensor, Tensor]  # labels, features, targets, weights
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -71,6 +73,16 @@ class Kind(NamedTuple):
     width: int
     hidden: tuple[int, ...]
     n_features: int = 0
+
+
+class Batch(NamedTuple):
+    """Rows of each member: labels (M, B, K), features (M, B, q), targets, weights and offsets (M, B)."""
+
+    labels: Tensor
+    features: Tensor | None
+    target: Tensor
+    weight: Tensor
+    offset: Tensor | None = None
 
 
 class Fit(NamedTuple):
@@ -204,19 +216,29 @@ def predict(kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor
 class Rows(NamedTuple):
     """Training rows: labels (n, K), features (F, n, n_features) or None, targets (F, n), weights (n,).
 
-    Member ``m`` has the features and targets of fold ``m % F``.
+    Member ``m`` has the features, targets and offsets of fold ``m % F``. Gaussian targets are what the offset leaves;
+    with another likelihood targets are the values, and `offset` (F, n) is added to what members predict.
     """
 
     labels: Tensor
     features: Tensor | None
     target: Tensor
     weight: Tensor
+    offset: Tensor | None = None
+    likelihood: str = "gaussian"
 
     def take(self, rows: Tensor) -> Batch:
         """The rows (M, B) of each member."""
         fold = (torch.arange(len(rows), device=rows.device) % len(self.target))[:, None]
         features = None if self.features is None else self.features[fold, rows]
-        return self.labels[rows], features, self.target[fold, rows], self.weight[rows]
+        offset = None if self.offset is None else self.offset[fold, rows]
+        return Batch(self.labels[rows], features, self.target[fold, rows], self.weight[rows], offset)
+
+
+def row_losses(kind: Kind, parameters: Parameters, batch: Batch, likelihood: str = "gaussian") -> Tensor:
+    """Deviance of each row of a batch, (M, B); the squared error of Gaussian values."""
+    eta = forward(kind, parameters, places(kind, batch.labels, len(batch.target)), batch.features)
+    return deviances(likelihood, eta if batch.offset is None else eta + batch.offset, batch.target)
 
 
 def train(
@@ -279,7 +301,8 @@ def train(
         for batch in shuffled.tensor_split(n_batches, dim=1):
             step += 1
             rise, fall = step / (WARM_UP * n_steps), 0.5 * (1 + math.cos(math.pi * step / n_steps))
-            adam_step(kind, parameters, moments, rows.take(batch), step, learning_rate * min(rise, fall), weight_decay)
+            rate = learning_rate * min(rise, fall)
+            adam_step(kind, parameters, moments, rows.take(batch), step, rate, weight_decay, rows.likelihood)
         loss = validation_loss(kind, parameters, rows, test_rows)
         history.append(loss)
         better = loss < best_loss
@@ -307,11 +330,11 @@ def adam_step(
     step: int,
     rate: float,
     weight_decay: Tensor,
+    likelihood: str = "gaussian",
 ) -> None:
-    """One step of AdamW on the sum of the members' mean squared errors, in place."""
-    labels, features, target, weight = batch
-    off = target - forward(kind, parameters, places(kind, labels, len(target)), features)
-    loss = ((weight * off**2).sum(dim=1) / weight.sum(dim=1)).sum()
+    """One step of AdamW on the sum of the members' mean deviances, in place."""
+    weight = batch.weight
+    loss = ((weight * row_losses(kind, parameters, batch, likelihood)).sum(dim=1) / weight.sum(dim=1)).sum()
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     with torch.no_grad():
         for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
@@ -325,19 +348,19 @@ def adam_step(
 
 @torch.no_grad()
 def validation_loss(kind: Kind, parameters: Parameters, rows: Rows, test_rows: Tensor) -> Tensor:
-    """Weighted mean squared error (M,) of each member on its rows, all of them."""
+    """Weighted mean deviance (M,) of each member on its rows, all of them."""
     at = test_rows.clamp(min=0)
     M = len(at)
-    square, total = rows.target.new_zeros(M), rows.target.new_zeros(M)
+    loss, total = rows.target.new_zeros(M), rows.target.new_zeros(M)
     step = max(CHUNK // (M * 512), 1)
     for first in range(0, at.shape[1], step):
         part = slice(first, first + step)
         valid = test_rows[:, part] >= 0
-        labels, features, target, weight = rows.take(at[:, part])
-        off = target - forward(kind, parameters, places(kind, labels, M), features)
-        weight = weight * valid
-        square, total = square + (weight * off**2).sum(dim=1), total + weight.sum(dim=1)
-    return square / total.clamp(min=torch.finfo(total.dtype).tiny)
+        batch = rows.take(at[:, part])
+        weight = batch.weight * valid
+        loss = loss + (weight * row_losses(kind, parameters, batch, rows.likelihood)).sum(dim=1)
+        total = total + weight.sum(dim=1)
+    return loss / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 @torch.no_grad()

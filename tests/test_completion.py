@@ -19,7 +19,17 @@ import probtensor as pt
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.models import NeuralTensorCompletion
 from probtensor.models.completion_effects import choose_strengths, fit_effects, number_cells, subsets_of
-from probtensor.models.completion_network import Kind, Rows, adam_step, fill_unknown, forward, initial, places, train
+from probtensor.models.completion_network import (
+    Batch,
+    Kind,
+    Rows,
+    adam_step,
+    fill_unknown,
+    forward,
+    initial,
+    places,
+    train,
+)
 
 QUICK = {"rank": 2, "hidden": (8,), "embedding": 4, "max_epochs": 2, "n_members": 2, "random_state": 0}
 QUICK |= {"progress": False, "device": "cpu"}
@@ -322,7 +332,7 @@ def test_members_trained_together_are_those_of_a_loop(head):
         alone.append(own)
     together = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in together.items()}
-    adam_step(kind, together, moments, (labels, features, target, weight), 1, rate, decay)
+    adam_step(kind, together, moments, Batch(labels, features, target, weight), 1, rate, decay)
     for name, value in together.items():
         torch.testing.assert_close(value, torch.stack([own[name] for own in alone]), rtol=0, atol=1e-5)
 
