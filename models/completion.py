@@ -2,17 +2,18 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from tqdm import tqdm
 
-from probtensor.axes import Axis, ContinuousAxis
+from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.calibration import inflated
 from probtensor.checkpoints import Checkpoints
 from probtensor.columns import to_cpu_array
@@ -21,13 +22,14 @@ from probtensor.data import Duplicates
 from probtensor.estimator import TensorRegressor
 from probtensor.inference.influence import Preconditioner
 from probtensor.intake import Table, Where
-from probtensor.models.completion_files import fitted_from_state, fitted_to_state
+from probtensor.models.completion_files import fitted_from_state, fitted_to_state, sides_from_state, sides_to_state
 from probtensor.models.completion_findings import Findings
 from probtensor.models.completion_fit import fit_completion, moments
 from probtensor.models.completion_influence import row_influence
 from probtensor.models.completion_inputs import bin_edges, encode, n_labels
 from probtensor.models.completion_links import Likelihood, check_values
 from probtensor.models.completion_settings import Settings, settings_of
+from probtensor.models.completion_side import side_codes, side_features, side_of
 from probtensor.models.completion_stacking import discrete
 from probtensor.predictive import NormalMixture, Predictive
 from probtensor.resources import RandomState, make_generator, resolve_device
@@ -186,6 +188,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         *,
         X_val: Any = None,
         y_val: Any = None,
+        side_information: Mapping[str, pd.DataFrame] | None = None,
         noise_std: Any = None,
         comm: Comm | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -206,6 +209,10 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
             Validation rows: nothing is trained on them; they choose strengths, epochs, weights and the width of
             intervals. Default: folds of the training rows, one for each member; then all rows train some members, and
             predictions are better.
+        side_information : mapping of str to DataFrame, optional
+            What is known of the labels of some categorical modes: tables of numbers, strings, categories or truth
+            values, indexed by label. Labels that no training row has may be among them, and are then predicted by
+            their features; `unknown` flags them all the same.
         noise_std, checkpoint, checkpoint_every, resume
             Not supported.
         comm : Comm, optional
@@ -223,7 +230,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         if (X_val is None) != (y_val is None):
             missing, given = ("X_val", "y_val") if X_val is None else ("y_val", "X_val")
             raise ValueError(f"{missing}: expected one with {given}, got None")
-        self._validation = None if X_val is None else (X_val, y_val)
+        self._given = None if X_val is None else (X_val, y_val), side_information
         try:
             return super().fit(
                 X,
@@ -236,7 +243,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
                 resume=resume,
             )
         finally:
-            del self._validation
+            del self._given
 
     def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         settings = self._settings()
@@ -247,18 +254,20 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         if table.precision is not None:
             raise ValueError("noise_std: expected None, NeuralTensorCompletion learns the noise; use sample_weight")
         positions = table.positions.cpu().numpy()
-        self._edges = bin_edges(self.axes_)
+        validation, side_information = self._given
+        self._edges, self._sides = bin_edges(self.axes_), side_of(side_information, self.axes_)
         encoded = [
             axis.coordinates[at] if isinstance(axis, ContinuousAxis) else at
             for axis, at in zip(self.axes_, positions.T, strict=True)
         ]
-        labels, smooth = self._encode(encoded)
+        of_labels = [side_codes(side, self._labels(side.mode))[positions[:, side.mode]] for side in self._sides]
+        labels, smooth = self._encode(encoded, of_labels)
         values = table.values.double().cpu().numpy()
         check_values(settings.likelihood, values, "y")
         weight = np.ones(len(values)) if table.count is None else table.count.double().cpu().numpy()
         n_validation = 0
-        if self._validation is not None:
-            more = self._rows(*self._validation, "X_val", "y_val")
+        if validation is not None:
+            more = self._rows(*validation, "X_val", "y_val")
             n_validation = len(more[2])
             labels, smooth, values = (np.concatenate(pair) for pair in zip((labels, smooth, values), more, strict=True))
             weight = np.append(weight, np.ones(n_validation))
@@ -275,6 +284,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
             self._fitted = fit_completion(
                 labels,
                 n_labels(self.axes_, self._edges),
+                self._sides,
                 smooth,
                 values,
                 weight,
@@ -285,8 +295,23 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
                 report,
             )
 
-    def _encode(self, encoded: Sequence[npt.NDArray[Any]]) -> tuple[IntArray, FloatArray]:
-        return encode(self.axes_, self._edges, self._seen, encoded)
+    def _labels(self, mode: int) -> Any:
+        axis = self.axes_[mode]
+        assert isinstance(axis, CategoricalAxis)
+        return np.asarray(axis.labels, dtype=object)
+
+    def _encode(
+        self, encoded: Sequence[npt.NDArray[Any]], of_labels: Sequence[IntArray]
+    ) -> tuple[IntArray, FloatArray]:
+        """Labels and rows of the sides' tables (n, K + n_sides), smooth features and features of labels (n, q)."""
+        labels, smooth = encode(self.axes_, self._edges, self._seen, encoded)
+        codes = np.stack(of_labels, axis=1) if of_labels else labels[:, :0]
+        return np.append(labels, codes, axis=1), np.append(smooth, side_features(self._sides, codes), axis=1)
+
+    def _encode_where(self, where: Where) -> tuple[IntArray, FloatArray]:
+        columns = [where.table[self.axes_[side.mode].name] for side in self._sides]
+        of_labels = [side_codes(side, column) for side, column in zip(self._sides, columns, strict=True)]
+        return self._encode([column.cpu().numpy() for column in where.encoded], of_labels)
 
     def _rows(self, X: Any, y: Any, name: str, values_name: str) -> tuple[IntArray, FloatArray, FloatArray]:
         """Labels, smooth features and standardised values of rows that were given to the fitted axes."""
@@ -297,7 +322,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         if not len(values) or not np.isfinite(values).all():
             raise ValueError(f"{values_name}: expected finite values, at least one, got {values}")
         check_values(str(self.likelihood), values, values_name)
-        labels, smooth = self._encode([column.numpy() for column in where.encoded])
+        labels, smooth = self._encode_where(where)
         return labels, smooth, (values - self.y_mean_) / self.y_scale_
 
     def influence(
@@ -364,7 +389,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         return self._settings().likelihood == "gaussian"
 
     def _predictive(self, where: Where) -> Predictive:
-        labels, smooth = self._encode([column.cpu().numpy() for column in where.encoded])
+        labels, smooth = self._encode_where(where)
         mean, variance = moments(self._fitted, labels, smooth, bool(self.biases))
         if self._fitted.spread is not None:
             return discrete(self._fitted.likelihood, mean, variance, self._fitted.spread)
@@ -383,8 +408,10 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         """Arrays and JSON values that `from_state` makes the fitted model of."""
         arrays, meta = fitted_to_state(self._fitted)
         arrays |= {f"edges.{name}": torch.from_numpy(edges) for name, edges in self._edges.items()}
-        return arrays, {"params": self._params_state(), **meta}
+        of_sides, about = sides_to_state(self._sides)
+        return arrays | of_sides, {"params": self._params_state(), **meta, **about}
 
     def _restore(self, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:
         self._edges = {key[len("edges.") :]: v.numpy() for key, v in arrays.items() if key.startswith("edges.")}
+        self._sides = sides_from_state(arrays, meta)
         self._fitted = fitted_from_state(arrays, meta, resolve_device(self.device))

@@ -17,7 +17,7 @@ Maximum Likelihood Estimation, and some Robust and Resistant Alternatives", JRSS
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -46,15 +46,51 @@ START_LINK = {0: 1e-3, 1: 1.0, 2: 1.0, 3: 3.0}  # of effects on log odds and log
 STEP = 3.0  # factor between strengths that are tried
 SWEEPS, TRIAL_SWEEPS, PASSES = 20, 3, 4
 LINK_PASSES = 8
+FEATURE_STRENGTHS = 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, math.inf
 TOO_STRONG = 1e4  # such effects are none
 LONGEST = 1.0  # step of an effect on log odds and logarithms: beyond, Newton's parabola is none
 
 
 class Cells(NamedTuple):
-    """Cells of one subset: sorted numbers of those with a row (C,), and where each row is among them (n,)."""
+    """Cells of one subset: sorted numbers of those with a row (C,), and where each row is among them (n,).
+
+    With a `design` (C, p), the features of each cell, their effects are ``design @ coefficients``, and it is the
+    coefficients that are shrunk: those of the p columns take the place of effects wherever these are solved for.
+    """
 
     known: IntArray
     code: IntArray
+    design: FloatArray | None = None
+
+    def start(self) -> FloatArray:
+        """No effects."""
+        return np.zeros(len(self.known) if self.design is None else self.design.shape[1])
+
+    def of_cells(self, effects: FloatArray) -> FloatArray:
+        """The effect of each cell, (C,)."""
+        return effects if self.design is None else np.asarray(self.design @ effects)
+
+    def add(self, numbers: FloatArray) -> FloatArray:
+        """Sum over the rows (n,) of each cell, (C,)."""
+        return np.bincount(self.code, numbers, len(self.known)).astype(np.float64)
+
+    def step(self, pull: FloatArray, effects: FloatArray, total: FloatArray, strength: float) -> FloatArray:
+        """How far effects move to the optimum, from sums over the rows of each cell: errors and weights (C,)."""
+        if self.design is None:
+            return np.asarray((pull - strength * effects) / (total + strength))
+        slope = self.design.T @ pull - strength * effects
+        return np.asarray(np.linalg.solve(self._normal(total, strength), slope), dtype=np.float64)
+
+    def variance(self, total: FloatArray, strength: float) -> FloatArray:
+        """Variance of each cell's effect, (C,), in multiples of the noise's."""
+        if self.design is None:
+            return np.asarray(1 / (total + strength))
+        inverse = np.linalg.inv(self._normal(total, strength))
+        return np.asarray(np.einsum("cp,pq,cq->c", self.design, inverse, self.design))
+
+    def _normal(self, total: FloatArray, strength: float) -> FloatArray:
+        assert self.design is not None
+        return np.asarray(self.design.T @ (total[:, None] * self.design) + strength * np.eye(self.design.shape[1]))
 
 
 class Effects(NamedTuple):
@@ -121,12 +157,13 @@ def start_effects(
     cells: Sequence[Cells], values: FloatArray, weight: FloatArray, likelihood: str = "gaussian"
 ) -> tuple[list[FloatArray], FloatArray]:
     """No effects but an intercept, where there is one, and the state that `sweep` starts from."""
-    effects = [np.zeros(len(part.known)) for part in cells]
+    effects = [part.start() for part in cells]
     if likelihood == "gaussian":
         return effects, values
     n = float(weight.sum())
-    effects[0][:] = link(likelihood, float(weight @ values) / n, n)
-    return effects, np.full(len(values), effects[0][0])
+    intercept = link(likelihood, float(weight @ values) / n, n)
+    effects[0][:] = intercept
+    return effects, np.full(len(values), intercept)
 
 
 def sweep(
@@ -161,13 +198,13 @@ def sweep(
     known = state if values is None else values
     gaussian = likelihood == "gaussian"
     sign = -1.0 if gaussian else 1.0
-    totals = [np.bincount(part.code, weight, len(part.known)) for part in cells] if gaussian else []
+    totals = [part.add(weight) for part in cells] if gaussian else []
     for _ in range(n):
         moved = 0.0
         for s, (part, strength) in enumerate(zip(cells, strengths, strict=True)):
             if math.isinf(strength):
                 if effects[s].any():
-                    state -= sign * effects[s][part.code]
+                    state -= sign * part.of_cells(effects[s])[part.code]
                     effects[s] = np.zeros_like(effects[s])
                 continue
             if gaussian:
@@ -175,13 +212,12 @@ def sweep(
             else:
                 mean = means(likelihood, state)
                 error = known - mean
-                total = np.bincount(part.code, weight * curvature(likelihood, mean), len(part.known))
-            pull = np.bincount(part.code, weight * error, len(part.known)) - strength * effects[s]
-            step = pull / (total + strength)
+                total = part.add(weight * curvature(likelihood, mean))
+            step = part.step(part.add(weight * error), effects[s], total, strength)
             if not gaussian:
                 step = step.clip(-LONGEST, LONGEST)
             effects[s] = effects[s] + step
-            state += sign * step[part.code]
+            state += sign * part.of_cells(step)[part.code]
             moved = max(moved, float(np.abs(step).max(initial=0.0)))
         if moved < 1e-5:
             break
@@ -203,6 +239,8 @@ def choose_strengths(
     likelihood: str = "gaussian",
 ) -> list[float]:
     """Strengths of least deviance on rows held out, by one after the other, up, down or out.
+
+    Those of an intercept and of features stay as they are.
 
     Parameters
     ----------
@@ -232,7 +270,7 @@ def choose_strengths(
     for _ in range(PASSES if likelihood == "gaussian" else LINK_PASSES):
         before = best
         for s in reversed(range(len(cells))):
-            if not subsets[s]:
+            if not subsets[s] or cells[s].design is not None:
                 continue
             now = strengths[s]
             tried = [start[s]] if math.isinf(now) else [now * STEP, now / STEP, math.inf]
@@ -245,6 +283,49 @@ def choose_strengths(
         if best > before * (1 - 1e-3):
             break
     return [math.inf if strength > TOO_STRONG else strength for strength in strengths]
+
+
+def choose_feature_strengths(
+    cells: Sequence[Cells],
+    strengths: list[float],
+    values: FloatArray,
+    weight: FloatArray,
+    hidden: Mapping[int, Sequence[npt.NDArray[np.bool_]]],
+    likelihood: str = "gaussian",
+) -> list[float]:
+    """Strengths of subsets with features, the others as they are, of least deviance on rows of labels held out.
+
+    Rows of labels that have other rows hardly need features; those of labels without any have little else.
+
+    Parameters
+    ----------
+    cells, strengths, values, weight
+        See `choose_strengths`.
+    hidden : mapping of int to sequence of ndarray of bool, shape (n,)
+        Rows of some labels, and then those of others, by the subset that has features of the labels.
+    likelihood : str, default "gaussian"
+
+    Returns
+    -------
+    list of float
+        Infinite where features do not help.
+    """
+    strengths = list(strengths)
+    for s, folds in hidden.items():
+        losses = np.zeros(len(FEATURE_STRENGTHS))
+        for rows in folds:
+            train, test = np.where(rows, 0.0, weight), np.where(rows, weight, 0.0)
+            if not train.any() or not test.any():
+                continue
+            effects, state = start_effects(cells, values, train, likelihood)
+            for i, strength in enumerate(FEATURE_STRENGTHS):
+                trial, n = [*strengths[:s], strength, *strengths[s + 1 :]], TRIAL_SWEEPS if i else SWEEPS
+                effects, state = sweep(cells, effects, state, train, trial, n, values, likelihood)
+                losses[i] += float(
+                    test @ (state**2 if likelihood == "gaussian" else deviance(likelihood, state, values))
+                )
+        strengths[s] = FEATURE_STRENGTHS[int(np.argmin(losses))]
+    return strengths
 
 
 def fit_effects(

@@ -9,6 +9,7 @@ from sklearn.utils.validation import check_is_fitted
 from probtensor.axes import Axis
 from probtensor.models.completion_fit import Fitted
 from probtensor.models.completion_settings import Settings
+from probtensor.models.completion_side import Side
 
 __all__ = ["Findings"]
 
@@ -22,6 +23,7 @@ class Findings:
     axes_: tuple[Axis, ...]
     y_scale_: float
     _fitted: Fitted
+    _sides: tuple[Side, ...]
 
     @property
     def weights_(self) -> dict[str, float]:
@@ -63,9 +65,10 @@ class Findings:
 
     @property
     def strengths_(self) -> dict[tuple[str, ...], float]:
-        """Shrinkage of the effects of each subset of modes."""
+        """Shrinkage of the effects of each subset of modes, and of features."""
         check_is_fitted(self, "axes_")
         names = [str(axis.name) for axis in self.axes_]
+        names += [f"features of {names[side.mode]}" for side in self._sides]
         effects = self._fitted.effects
         pairs = zip(effects.subsets, effects.strengths, strict=True)
         return {tuple(names[mode] for mode in subset): strength for subset, strength in pairs if subset}

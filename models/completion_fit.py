@@ -22,7 +22,9 @@ from torch import Tensor
 
 from probtensor.calibration import ScaleMixture
 from probtensor.models.completion_effects import (
+    Cells,
     Effects,
+    choose_feature_strengths,
     choose_strengths,
     fit_effects,
     number_cells,
@@ -32,6 +34,7 @@ from probtensor.models.completion_effects import (
 from probtensor.models.completion_links import curvature, means
 from probtensor.models.completion_network import Kind, Parameters, Rows, fill_unknown, initial, predict, train
 from probtensor.models.completion_settings import Settings
+from probtensor.models.completion_side import Side
 from probtensor.models.completion_stacking import LEAST_VARIANCE, Spread, calibrate, calibrate_discrete, stack
 
 __all__ = ["Fitted", "Group", "fit_completion", "head_features", "link_offset", "moments"]
@@ -100,6 +103,7 @@ class Fitted(NamedTuple):
 def fit_completion(
     labels: IntArray,
     sizes: Sequence[int],
+    sides: Sequence[Side],
     smooth: FloatArray,
     values: FloatArray,
     weight: FloatArray,
@@ -113,12 +117,14 @@ def fit_completion(
 
     Parameters
     ----------
-    labels : ndarray, shape (n, K), int64
-        -1 where a validation row has a label that no training row has.
+    labels : ndarray, shape (n, K + n_sides), int64
+        -1 where a validation row has a label that no training row has; then rows of the sides' tables.
     sizes : sequence of int
-        Labels of each mode.
+        Labels of each mode, K.
+    sides : sequence of Side
+        Features of some modes' labels.
     smooth : ndarray, shape (n, q)
-        Smooth features of continuous modes.
+        Smooth features of continuous modes, and features of labels.
     values, weight : ndarray, shape (n,)
     n_validation : int
         So many rows at the end are the user's validation rows; 0: each member holds out a fold.
@@ -135,7 +141,15 @@ def fit_completion(
     subsets = subsets_of(len(sizes)) if settings.biases and settings.interactions else subsets_of(2)[:0]
     subsets = subsets or tuple((mode,) for mode in range(len(sizes)))
     subsets = subsets if gaussian else ((), *subsets)  # an intercept
-    cells = [number_cells(labels, subset, sizes) for subset in subsets]
+    of_sides = [(len(sizes) + j,) for j in range(len(sides))]
+    subsets = (*subsets[: int(not gaussian)], *of_sides, *subsets[int(not gaussian) :])
+    all_sizes = (*sizes, *(len(side.table) for side in sides))
+    cells = [
+        number_cells(labels, subset, all_sizes)
+        if subset not in of_sides
+        else Cells(np.arange(all_sizes[subset[0]]), labels[:, subset[0]], sides[subset[0] - len(sizes)].table)
+        for subset in subsets
+    ]
     own = np.arange(n) < n - n_validation  # training rows
     small = own.sum() < MIN_ROWS
     if n_validation:
@@ -146,6 +160,12 @@ def fit_completion(
     strengths = start_strengths(subsets, likelihood)
     if not small:
         strengths = choose_strengths(cells, subsets, values, weight, unseen[0], likelihood)
+    if sides and not small:
+        hidden = {}
+        for j, side in enumerate(sides):
+            part = torch.randperm(sizes[side.mode] + 1, generator=generator).numpy()[labels[:, side.mode]] % N_FOLDS
+            hidden[subsets.index(of_sides[j])] = [(part == g) & own for g in range(N_FOLDS)]
+        strengths = choose_feature_strengths(cells, strengths, values, np.where(own, weight, 0.0), hidden, likelihood)
     live = [s for s, strength in enumerate(strengths) if math.isfinite(strength)]
     cells, strengths = [cells[s] for s in live], [strengths[s] for s in live]
 
@@ -157,8 +177,8 @@ def fit_completion(
         pieces, variance = np.zeros((int(held_out.sum()), len(cells))), np.zeros(int(held_out.sum()))
         for s, (part, strength) in enumerate(zip(cells, strengths, strict=True)):
             code = part.code[held_out]
-            pieces[:, s] = found[s][code]
-            variance += 1 / (np.bincount(part.code, left, len(part.known))[code] + strength)
+            pieces[:, s] = part.of_cells(found[s])[code]
+            variance += part.variance(part.add(left), strength)[code]
         return pieces, variance
 
     out = np.zeros(n, dtype=bool) if small else np.any(unseen, axis=0)  # rows that some member has not seen
@@ -196,9 +216,13 @@ def fit_completion(
     noise = max(float(share @ values[rows] ** 2) if small else noise, LEAST_VARIANCE)
     noise = noise if gaussian else 1.0
     bent = train_weight * curvature(likelihood, means(likelihood, fitted))
-    totals = [np.bincount(part.code, bent, len(part.known)).astype(np.float64) for part in cells]
-    known = [part.known for part in cells]
-    effects = Effects(tuple(subsets[s] for s in live), tuple(sizes), known, found, totals, tuple(strengths), noise)
+    totals = [
+        part.add(bent) if part.design is None else 1 / part.variance(part.add(bent), strength) - strength
+        for part, strength in zip(cells, strengths, strict=True)
+    ]
+    found = [part.of_cells(effect) for part, effect in zip(cells, found, strict=True)]
+    chosen, known = tuple(subsets[s] for s in live), [part.known for part in cells]
+    effects = Effects(chosen, all_sizes, known, found, totals, tuple(strengths), noise)
     mixture, scatter = ScaleMixture(1.0, torch.ones(1).double(), torch.ones(1).double()), None
     if not gaussian:
         scatter = calibrate_discrete(likelihood, stacked[out], spread[out], values[out], weight[out], int(own.sum()))
@@ -208,14 +232,15 @@ def fit_completion(
 
 
 def moments(fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool) -> tuple[FloatArray, FloatArray]:
-    """Predictors (n,) at labels (n, K), -1 for unknown ones, and the variances of these (n,)."""
+    """Predictors (n,) at labels (n, K + n_sides), -1 for unknown ones, and the variances of these (n,)."""
     pieces, variance = fitted.effects.pieces(labels)
     plain = pieces.sum(axis=1)
     candidates = [plain] if biases or not fitted.groups else []
     for group in fitted.groups:
         device = group.parameters["bias"].device
         features = head_features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
-        added = predict(group.kind, group.parameters, torch.from_numpy(labels).to(device), features)
+        at = torch.from_numpy(labels[:, : len(group.kind.sizes)]).to(device)
+        added = predict(group.kind, group.parameters, at, features)
         averaged = added.double().cpu().numpy().reshape(-1, fitted.n_members, len(labels)).mean(axis=1)
         candidates += list(averaged + link_offset(fitted, group, pieces))
     return fitted.weights @ np.stack(candidates), variance
@@ -265,6 +290,7 @@ def _train(
 ) -> tuple[Group, list[FloatArray]]:
     """Members of one kind, and what those of each weight decay predict of the rows that they have not seen, (n,)."""
     unseen, pieces, smooth, labels, values, weight = where
+    labels = labels[:, : len(kind.sizes)]
     F, M, n, decays = len(unseen), settings.n_members, len(values), settings.weight_decay
     gaussian = settings.likelihood == "gaussian"
     offset = pieces.sum(axis=2, dtype=np.float64) if on_effects else np.zeros((F, n))

@@ -95,7 +95,7 @@ def row_influence(
     Parameters
     ----------
     fitted : Fitted
-    labels : ndarray, shape (n, K), int64
+    labels : ndarray, shape (n, K + n_sides), int64
     smooth : ndarray, shape (n, q)
     values : ndarray, shape (n,)
         Standardised where they are Gaussian.
@@ -113,7 +113,7 @@ def row_influence(
     weights, total, first = weights / weights.sum(), np.zeros(n - n_query), 0
     for group in fitted.groups:
         device = group.parameters["bias"].device
-        at = torch.from_numpy(labels).to(device)
+        at = torch.from_numpy(labels[:, : len(group.kind.sizes)]).to(device)
         features = head_features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
         added_to, offset = link_offset(fitted, group, pieces), None
         left = values - added_to

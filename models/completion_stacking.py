@@ -68,7 +68,7 @@ def stack(design: FloatArray, values: FloatArray, weight: FloatArray, likelihood
     """
     C = design.shape[1]
     if not len(values) or C == 1 or (likelihood == "gaussian" and not values.any()):
-        return np.eye(C)[0]
+        return np.asarray(np.eye(C)[0])
     if likelihood != "gaussian":
         share = weight / weight.sum()
 
