@@ -17,22 +17,23 @@ from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.calibration import inflated
 from probtensor.checkpoints import Checkpoints
 from probtensor.columns import to_cpu_array
-from probtensor.comm import Comm
+from probtensor.comm import Comm, refuse_together
 from probtensor.data import Duplicates
 from probtensor.estimator import TensorRegressor
 from probtensor.inference.influence import Preconditioner
-from probtensor.intake import Table, Where
+from probtensor.intake import Table, Where, row_keys
 from probtensor.models.completion_files import fitted_from_state, fitted_to_state, sides_from_state, sides_to_state
 from probtensor.models.completion_findings import Findings
 from probtensor.models.completion_fit import fit_completion, moments
+from probtensor.models.completion_groups import Data
 from probtensor.models.completion_influence import row_influence
-from probtensor.models.completion_inputs import bin_edges, encode, n_labels
+from probtensor.models.completion_inputs import bin_edges, check_the_same, distinct_keys, encode, n_labels
 from probtensor.models.completion_links import Likelihood, check_values
 from probtensor.models.completion_settings import Settings, settings_of
 from probtensor.models.completion_side import side_codes, side_features, side_of
 from probtensor.models.completion_stacking import discrete
 from probtensor.predictive import NormalMixture, Predictive
-from probtensor.resources import RandomState, make_generator, resolve_device
+from probtensor.resources import RandomState, resolve_device, shared_generator
 
 __all__ = ["NeuralTensorCompletion"]
 
@@ -113,7 +114,8 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
     Notes
     -----
     A label that was not seen has no effects and the mean of the others' factors and embeddings; intervals are then
-    wider by the spread of the mode's effects. Fits on several ranks, checkpoints and ``noise_std`` are not supported.
+    wider by the spread of the mode's effects. Folds and batches are hashes of rows and of a seed. Checkpoints and
+    ``noise_std`` are not supported.
 
     References
     ----------
@@ -216,7 +218,8 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         noise_std, checkpoint, checkpoint_every, resume
             Not supported.
         comm : Comm, optional
-            One rank.
+            The ranks that fit together, each with its own rows, validation rows among them; see
+            `probtensor.comm.world`. A fit depends on how many there are by rounding alone.
 
         Returns
         -------
@@ -247,32 +250,13 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
 
     def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         settings = self._settings()
-        if comm.size > 1:
-            raise ValueError(f"comm: expected one rank, NeuralTensorCompletion fits on one only; got {comm.size}")
         if checkpoints is not None:
             raise ValueError("checkpoint: expected None, NeuralTensorCompletion writes no checkpoints")
         if table.precision is not None:
             raise ValueError("noise_std: expected None, NeuralTensorCompletion learns the noise; use sample_weight")
-        positions = table.positions.cpu().numpy()
-        validation, side_information = self._given
-        self._edges, self._sides = bin_edges(self.axes_), side_of(side_information, self.axes_)
-        encoded = [
-            axis.coordinates[at] if isinstance(axis, ContinuousAxis) else at
-            for axis, at in zip(self.axes_, positions.T, strict=True)
-        ]
-        of_labels = [side_codes(side, self._labels(side.mode))[positions[:, side.mode]] for side in self._sides]
-        labels, smooth = self._encode(encoded, of_labels)
-        values = table.values.double().cpu().numpy()
-        check_values(settings.likelihood, values, "y")
-        weight = np.ones(len(values)) if table.count is None else table.count.double().cpu().numpy()
-        n_validation = 0
-        if validation is not None:
-            more = self._rows(*validation, "X_val", "y_val")
-            n_validation = len(more[2])
-            labels, smooth, values = (np.concatenate(pair) for pair in zip((labels, smooth, values), more, strict=True))
-            weight = np.append(weight, np.ones(n_validation))
+        data = self._data(table, comm)
         device = resolve_device(self.device)
-        with tqdm(desc="epochs", delay=SHOW_AFTER, disable=not self.progress) as bar:
+        with tqdm(desc="epochs", delay=SHOW_AFTER, disable=not (self.progress and comm.is_root)) as bar:
 
             def report(name: str, epoch: int, loss: float) -> None:
                 gaussian = settings.likelihood == "gaussian"
@@ -280,20 +264,40 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
                 bar.set_postfix_str(f"{name}: {shown}", refresh=False)
                 bar.update()
 
-            generator = make_generator(self.random_state)
-            self._fitted = fit_completion(
-                labels,
-                n_labels(self.axes_, self._edges),
-                self._sides,
-                smooth,
-                values,
-                weight,
-                n_validation,
-                settings,
-                generator,
-                device,
-                report,
+            generator = shared_generator(self.random_state, comm)
+            seed = int(torch.randint(2**62, (1,), generator=generator))
+            self._fitted = fit_completion(data, settings, seed, device, report, comm)
+
+    def _data(self, table: Table, comm: Comm) -> Data:
+        """Rows of this rank, and the validation rows that it was given."""
+        validation, side_information = self._given
+        positions = table.positions.cpu().numpy()
+        self._edges = bin_edges(self.axes_)
+        self._sides = refuse_together(comm, lambda: side_of(side_information, self.axes_))
+        check_the_same(self._sides, validation is not None, comm)
+        encoded = [
+            axis.coordinates[at] if isinstance(axis, ContinuousAxis) else at
+            for axis, at in zip(self.axes_, positions.T, strict=True)
+        ]
+        of_labels = [side_codes(side, self._labels(side.mode))[positions[:, side.mode]] for side in self._sides]
+        labels, smooth = self._encode(encoded, of_labels)
+        values = table.values.double().cpu().numpy()
+        refuse_together(comm, lambda: check_values(self.likelihood, values, "y"))
+        weight = np.ones(len(values)) if table.count is None else table.count.double().cpu().numpy()
+        keys = distinct_keys(table.key.cpu().numpy(), weight)
+        own = np.ones(len(values), dtype=bool)
+        if validation is not None:
+            may_be_empty = comm.size > 1
+            more = refuse_together(comm, lambda: self._rows(*validation, "X_val", "y_val", may_be_empty))
+            n = len(more[2])
+            more_keys = row_keys(torch.from_numpy(more[0]), torch.from_numpy(more[2])).numpy()
+            labels, smooth, values = (np.concatenate(pair) for pair in zip((labels, smooth, values), more, strict=True))
+            weight, own, keys = (
+                np.append(weight, np.ones(n)),
+                np.append(own, np.zeros(n, bool)),
+                np.append(keys, more_keys),
             )
+        return Data(labels, n_labels(self.axes_, self._edges), self._sides, smooth, values, weight, keys, own)
 
     def _labels(self, mode: int) -> Any:
         axis = self.axes_[mode]
@@ -313,13 +317,15 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         of_labels = [side_codes(side, column) for side, column in zip(self._sides, columns, strict=True)]
         return self._encode([column.cpu().numpy() for column in where.encoded], of_labels)
 
-    def _rows(self, X: Any, y: Any, name: str, values_name: str) -> tuple[IntArray, FloatArray, FloatArray]:
+    def _rows(
+        self, X: Any, y: Any, name: str, values_name: str, may_be_empty: bool = False
+    ) -> tuple[IntArray, FloatArray, FloatArray]:
         """Labels, smooth features and standardised values of rows that were given to the fitted axes."""
         where = Where(self.axes_, self._columns(X), torch.device("cpu"))
         values = np.array(to_cpu_array(y), dtype=np.float64)
         if values.shape != (len(where),):
             raise ValueError(f"{values_name}: expected shape ({len(where)},) as {name} has rows, got {values.shape}")
-        if not len(values) or not np.isfinite(values).all():
+        if not (len(values) or may_be_empty) or not np.isfinite(values).all():
             raise ValueError(f"{values_name}: expected finite values, at least one, got {values}")
         check_values(str(self.likelihood), values, values_name)
         labels, smooth = self._encode_where(where)

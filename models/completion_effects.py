@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from probtensor.comm import Comm, Serial
 from probtensor.models.completion_links import curvature, deviance, link, means
 
 __all__ = [
@@ -56,11 +58,14 @@ class Cells(NamedTuple):
 
     With a `design` (C, p), the features of each cell, their effects are ``design @ coefficients``, and it is the
     coefficients that are shrunk: those of the p columns take the place of effects wherever these are solved for.
+
+    Cells are those of the rows of all ranks, and sums are over these.
     """
 
     known: IntArray
     code: IntArray
     design: FloatArray | None = None
+    comm: Comm = Serial()
 
     def start(self) -> FloatArray:
         """No effects."""
@@ -72,7 +77,8 @@ class Cells(NamedTuple):
 
     def add(self, numbers: FloatArray) -> FloatArray:
         """Sum over the rows (n,) of each cell, (C,)."""
-        return np.bincount(self.code, numbers, len(self.known)).astype(np.float64)
+        mine = np.bincount(self.code, numbers, len(self.known)).astype(np.float64)
+        return np.asarray(self.comm.sum(torch.from_numpy(mine)).numpy())
 
     def step(self, pull: FloatArray, effects: FloatArray, total: FloatArray, strength: float) -> FloatArray:
         """How far effects move to the optimum, from sums over the rows of each cell: errors and weights (C,)."""
@@ -147,10 +153,22 @@ def subsets_of(n_modes: int) -> tuple[tuple[int, ...], ...]:
     return tuple(subset for size in orders for subset in combinations(range(n_modes), size))
 
 
-def number_cells(positions: IntArray, subset: Sequence[int], sizes: Sequence[int]) -> Cells:
-    """The cells of a subset that rows at positions (n, K) are in."""
-    known, code = np.unique(_numbers(positions, subset, sizes), return_inverse=True)
-    return Cells(known, code.ravel().astype(np.int64))
+def number_cells(positions: IntArray, subset: Sequence[int], sizes: Sequence[int], comm: Comm | None = None) -> Cells:
+    """The cells of a subset that rows at positions (n, K), of any rank, are in."""
+    comm = Serial() if comm is None else comm
+    numbers = _numbers(positions, subset, sizes)
+    known, code = np.unique(numbers, return_inverse=True)
+    if comm.size > 1:
+        parts = comm.gather_bytes(known.tobytes())
+        known = np.unique(np.concatenate([np.frombuffer(part, dtype=np.int64) for part in parts]))
+        code = np.searchsorted(known, numbers)
+    return Cells(known, code.ravel().astype(np.int64), None, comm)
+
+
+def total_of(cells: Sequence[Cells], numbers: Sequence[float]) -> list[float]:
+    """Sums of numbers over the ranks."""
+    summed: list[float] = cells[0].comm.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    return summed
 
 
 def start_effects(
@@ -160,8 +178,8 @@ def start_effects(
     effects = [part.start() for part in cells]
     if likelihood == "gaussian":
         return effects, values
-    n = float(weight.sum())
-    intercept = link(likelihood, float(weight @ values) / n, n)
+    n, total = total_of(cells, [float(weight.sum()), float(weight @ values)])
+    intercept = link(likelihood, total / max(n, 1.0), max(n, 1.0))
     effects[0][:] = intercept
     return effects, np.full(len(values), intercept)
 
@@ -262,8 +280,10 @@ def choose_strengths(
     def run(effects: list[FloatArray], state: FloatArray, trial: list[float], n: int) -> Any:
         return sweep(cells, effects, state, train, trial, n, values, likelihood)
 
+    gaussian = likelihood == "gaussian"
+
     def loss_of(state: FloatArray) -> float:
-        return float(test @ (state**2 if likelihood == "gaussian" else deviance(likelihood, state, values)))
+        return total_of(cells, [float(test @ deviance(likelihood, state, 0.0 if gaussian else values))])[0]
 
     effects, state = run(*start_effects(cells, values, train, likelihood), strengths, SWEEPS)
     best = loss_of(state)
@@ -315,15 +335,14 @@ def choose_feature_strengths(
         losses = np.zeros(len(FEATURE_STRENGTHS))
         for rows in folds:
             train, test = np.where(rows, 0.0, weight), np.where(rows, weight, 0.0)
-            if not train.any() or not test.any():
+            if min(total_of(cells, [float(train.sum()), float(test.sum())])) == 0:
                 continue
             effects, state = start_effects(cells, values, train, likelihood)
             for i, strength in enumerate(FEATURE_STRENGTHS):
                 trial, n = [*strengths[:s], strength, *strengths[s + 1 :]], TRIAL_SWEEPS if i else SWEEPS
                 effects, state = sweep(cells, effects, state, train, trial, n, values, likelihood)
-                losses[i] += float(
-                    test @ (state**2 if likelihood == "gaussian" else deviance(likelihood, state, values))
-                )
+                lost = deviance(likelihood, state, 0.0 if likelihood == "gaussian" else values)
+                losses[i] += total_of(cells, [float(test @ lost)])[0]
         strengths[s] = FEATURE_STRENGTHS[int(np.argmin(losses))]
     return strengths
 

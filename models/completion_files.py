@@ -10,7 +10,8 @@ from torch import Tensor
 from probtensor.axes import CategoricalAxis, axis_from_state
 from probtensor.calibration import ScaleMixture
 from probtensor.models.completion_effects import Effects
-from probtensor.models.completion_fit import Fitted, Group
+from probtensor.models.completion_fit import Fitted
+from probtensor.models.completion_groups import Group
 from probtensor.models.completion_network import Kind
 from probtensor.models.completion_side import Side
 from probtensor.models.completion_stacking import Spread

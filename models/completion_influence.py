@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from probtensor.inference.influence import Preconditioner, influence
-from probtensor.models.completion_fit import Fitted, Group, head_features, link_offset
+from probtensor.models.completion_fit import Fitted, link_offset
+from probtensor.models.completion_groups import Group, head_features
 from probtensor.models.completion_links import inverse_link
 from probtensor.models.completion_network import Kind, Parameters, before_output, output_name, places
 

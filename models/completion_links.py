@@ -90,7 +90,7 @@ def curvature(likelihood: str, mean: FloatArray) -> FloatArray:
     return mean * (1 - mean) if likelihood == "bernoulli" else mean
 
 
-def deviance(likelihood: str, eta: FloatArray, values: FloatArray) -> FloatArray:
+def deviance(likelihood: str, eta: FloatArray, values: FloatArray | float) -> FloatArray:
     """Deviance of each row (n,): twice the log-likelihood that a perfect prediction would have more.
 
     Examples

@@ -6,18 +6,15 @@ A member predicts
 
 on top of an offset: effects of labels, interactions of rank ``R`` between any number of modes (with two modes this is
 plain matrix factorization), and a network of embeddings. Biases, gates ``g`` and the network's last layer start at
-zero, so that a member starts at the offset. One optimiser trains all members, each on rows of its own and with its
-own weight decay; nothing couples them, so they are what a loop over members would give.
+zero, so that a member starts at the offset.
 
 References
 ----------
 Liu, Li, Tsang, Liu (2019), "CoSTCo: A Neural Tensor Completion Model for Sparse Tensors", KDD. Rendle (2010),
-"Factorization Machines", ICDM, for interactions without main effects. Loshchilov, Hutter (2019), "Decoupled Weight
-Decay Regularization", ICLR.
+"Factorization Machines", ICDM, for interactions without main effects.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -29,7 +26,6 @@ from probtensor.models.completion_links import deviances
 
 __all__ = [
     "Batch",
-    "Fit",
     "Kind",
     "Rows",
     "before_output",
@@ -39,13 +35,11 @@ __all__ = [
     "output_name",
     "places",
     "predict",
-    "train",
+    "row_losses",
 ]
 
 Parameters = dict[str, Tensor]
 
-WARM_UP = 0.1  # share of the steps in which the learning rate rises
-BETAS, EPS = (0.9, 0.999), 1e-8
 CHUNK = 2**24  # numbers in the largest temporary of a prediction
 
 
@@ -83,20 +77,6 @@ class Batch(NamedTuple):
     target: Tensor
     weight: Tensor
     offset: Tensor | None = None
-
-
-class Fit(NamedTuple):
-    """Best parameters of each member; tensors (M,) of their epochs and losses, and the losses (epochs + 1, M).
-
-    Checkpoints are parameters before the best ones, and the learning rate (M,) that they had; 0 for members whose best
-    epoch had come.
-    """
-
-    parameters: Parameters
-    epoch: Tensor
-    loss: Tensor
-    history: Tensor
-    checkpoints: list[tuple[Parameters, Tensor]]
 
 
 def initial(kind: Kind, n_members: int, generator: torch.Generator, dtype: torch.dtype) -> Parameters:
@@ -239,128 +219,6 @@ def row_losses(kind: Kind, parameters: Parameters, batch: Batch, likelihood: str
     """Deviance of each row of a batch, (M, B); the squared error of Gaussian values."""
     eta = forward(kind, parameters, places(kind, batch.labels, len(batch.target)), batch.features)
     return deviances(likelihood, eta if batch.offset is None else eta + batch.offset, batch.target)
-
-
-def train(
-    kind: Kind,
-    parameters: Parameters,
-    rows: Rows,
-    train_rows: Tensor,
-    test_rows: Tensor,
-    weight_decay: Tensor,
-    generator: torch.Generator,
-    *,
-    learning_rate: float,
-    batch_size: int,
-    max_epochs: int,
-    patience: int,
-    n_checkpoints: int = 0,
-    report: Callable[[int, float], None] | None = None,
-) -> Fit:
-    """Train all members; each keeps the parameters of its best epoch, which may be the start.
-
-    Parameters
-    ----------
-    kind : Kind
-    parameters : dict of str to Tensor, members first
-        Left as they are.
-    rows : Rows
-    train_rows, test_rows : Tensor, shape (M, n_train), (M, n_test), int64
-        Numbers of each member's rows; -1 in `test_rows` is none.
-    weight_decay : Tensor, shape (M,)
-        Decoupled, in multiples of the learning rate.
-    generator : torch.Generator
-        Of the order of rows, on the CPU.
-    learning_rate : float
-        The highest; it rises at first and falls with the cosine.
-    batch_size, max_epochs, patience : int
-        A fit ends when no member has become better for `patience` epochs.
-    n_checkpoints : int, default 0
-        Epochs, evenly spaced, whose parameters are kept.
-    report : callable, optional
-        Called with the epoch and the mean of the members' best losses.
-
-    Returns
-    -------
-    Fit
-    """
-    device, M = rows.target.device, len(weight_decay)
-    parameters = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in parameters.items()}
-    best = {name: value.detach().clone() for name, value in parameters.items()}
-    loss = validation_loss(kind, parameters, rows, test_rows)
-    best_loss, best_epoch, history = loss, torch.zeros(M, dtype=torch.int64, device=device), [loss]
-    n = train_rows.shape[1]
-    n_batches = max(n // batch_size, 1)
-    n_steps, step = max_epochs * n_batches, 0
-    kept = set(torch.linspace(0, max_epochs, n_checkpoints + 2).round().int().tolist()[1:-1])
-    checkpoints: list[tuple[int, Parameters, float]] = []
-    for epoch in range(1, max_epochs + 1):
-        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(M)]).to(device)
-        shuffled = train_rows.gather(1, order)
-        for batch in shuffled.tensor_split(n_batches, dim=1):
-            step += 1
-            rise, fall = step / (WARM_UP * n_steps), 0.5 * (1 + math.cos(math.pi * step / n_steps))
-            rate = learning_rate * min(rise, fall)
-            adam_step(kind, parameters, moments, rows.take(batch), step, rate, weight_decay, rows.likelihood)
-        loss = validation_loss(kind, parameters, rows, test_rows)
-        history.append(loss)
-        better = loss < best_loss
-        best_loss, best_epoch = torch.where(better, loss, best_loss), best_epoch.masked_fill(better, epoch)
-        if better.any():
-            for name, value in parameters.items():
-                best[name][better] = value.detach()[better]
-        if report is not None:
-            report(epoch, float(best_loss.mean()))
-        if epoch in kept:
-            now = {name: value.detach().clone() for name, value in parameters.items()}
-            checkpoints.append((epoch, now, learning_rate * min(rise, fall)))
-        if epoch - int(best_epoch.max()) >= patience:
-            break
-    before = [(now, torch.where(best_epoch > epoch, rate, 0.0)) for epoch, now, rate in checkpoints]
-    used = [(now, rate) for now, rate in before if rate.any()]
-    return Fit(best, best_epoch, best_loss, torch.stack(history), used)
-
-
-def adam_step(
-    kind: Kind,
-    parameters: Parameters,
-    moments: dict[str, tuple[Tensor, Tensor]],
-    batch: Batch,
-    step: int,
-    rate: float,
-    weight_decay: Tensor,
-    likelihood: str = "gaussian",
-) -> None:
-    """One step of AdamW on the sum of the members' mean deviances, in place."""
-    weight = batch.weight
-    loss = ((weight * row_losses(kind, parameters, batch, likelihood)).sum(dim=1) / weight.sum(dim=1)).sum()
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    with torch.no_grad():
-        for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
-            first, second = moments[name]
-            first.lerp_(gradient, 1 - BETAS[0])
-            second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            value.mul_(1 - rate * weight_decay[:, None, None])
-            scale = (second / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
-            value.addcdiv_(first, scale, value=-rate / (1 - BETAS[0] ** step))
-
-
-@torch.no_grad()
-def validation_loss(kind: Kind, parameters: Parameters, rows: Rows, test_rows: Tensor) -> Tensor:
-    """Weighted mean deviance (M,) of each member on its rows, all of them."""
-    at = test_rows.clamp(min=0)
-    M = len(at)
-    loss, total = rows.target.new_zeros(M), rows.target.new_zeros(M)
-    step = max(CHUNK // (M * 512), 1)
-    for first in range(0, at.shape[1], step):
-        part = slice(first, first + step)
-        valid = test_rows[:, part] >= 0
-        batch = rows.take(at[:, part])
-        weight = batch.weight * valid
-        loss = loss + (weight * row_losses(kind, parameters, batch, rows.likelihood)).sum(dim=1)
-        total = total + weight.sum(dim=1)
-    return loss / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 @torch.no_grad()

@@ -22,12 +22,13 @@ from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixtur
 from probtensor.models.completion_links import deviance, means
 from probtensor.predictive import BernoulliPredictive, CountMixture
 
-__all__ = ["LEAST_VARIANCE", "Spread", "calibrate", "calibrate_discrete", "discrete", "stack"]
+__all__ = ["LEAST_VARIANCE", "HeldOut", "Spread", "calibrate", "calibrate_discrete", "discrete", "stack"]
 
 FloatArray = npt.NDArray[np.float64]
 
 LEAST_VARIANCE = 1e-12  # of the noise of standardised values
 INFLATIONS = 0.0, 0.25, 0.5, 1.0, 2.0, 4.0
+CALIBRATION_ROWS = 50_000  # more say no more
 LOG_TEMPERATURES, LOG_DISPERSIONS = (-1.5, 1.5), (-12.0, 3.0)
 MOST_UNCERTAIN = 3.0  # variance of the logarithm of a count: the counts' standard deviation is then four times the mean
 
@@ -48,6 +49,60 @@ class Spread(NamedTuple):
     inflation: float
     scale: float
     floor: float
+
+
+class HeldOut(NamedTuple):
+    """Rows of all ranks that members have not seen; with few rows, all training rows.
+
+    Attributes
+    ----------
+    values, weight : ndarray, shape (m,)
+    spread : ndarray, shape (m,)
+        Variance of the effects' sum, in multiples of the noise's.
+    plain : ndarray, shape (m,)
+        What the effects predict.
+    share : ndarray, shape (m,)
+        A number of each row between 0 and 1, from what it holds.
+    candidates : ndarray, shape (m, C)
+        Predictors.
+    small : bool
+        Whether there are too few rows for anything but the effects.
+    n_rows : int
+        Training rows.
+    """
+
+    values: FloatArray
+    weight: FloatArray
+    spread: FloatArray
+    plain: FloatArray
+    share: FloatArray
+    candidates: FloatArray
+    small: bool
+    n_rows: int
+
+    def noise(self) -> float:
+        """Variance that Gaussian values have around the effects' sum."""
+        share = self.weight / self.weight.sum()
+        if self.small:
+            return max(float(share @ self.values**2), LEAST_VARIANCE)
+        residual = self.values - self.plain
+        return max(float(share @ residual**2 / (1 + share @ self.spread)), LEAST_VARIANCE)
+
+    def combine(self, noise: float, likelihood: str) -> tuple[FloatArray, ScaleMixture, Spread | None]:
+        """Weights (C,) of the candidates, and how values scatter around what they predict together."""
+        mixture = ScaleMixture(1.0, torch.ones(1).double(), torch.ones(1).double())
+        C = self.candidates.shape[1]
+        weights = np.asarray(np.eye(C)[0])
+        if not self.small:
+            weights = stack(self.candidates, self.values, self.weight, likelihood)
+        some = np.argsort(self.share, kind="stable")[:CALIBRATION_ROWS]
+        if self.small:
+            some = some[:0]
+        mean, latent = self.candidates[some] @ weights, noise * self.spread[some]
+        if likelihood != "gaussian":
+            spread = calibrate_discrete(likelihood, mean, latent, self.values[some], self.weight[some], self.n_rows)
+            return weights, mixture, spread
+        return weights, mixture if self.small else calibrate(self.values[some] - mean, latent, noise), None
 
 
 def stack(design: FloatArray, values: FloatArray, weight: FloatArray, likelihood: str = "gaussian") -> FloatArray:

@@ -19,17 +19,8 @@ import probtensor as pt
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.models import NeuralTensorCompletion
 from probtensor.models.completion_effects import choose_strengths, fit_effects, number_cells, subsets_of
-from probtensor.models.completion_network import (
-    Batch,
-    Kind,
-    Rows,
-    adam_step,
-    fill_unknown,
-    forward,
-    initial,
-    places,
-    train,
-)
+from probtensor.models.completion_network import Batch, Kind, Rows, fill_unknown, forward, initial, places
+from probtensor.models.completion_training import adam_step, train
 
 QUICK = {"rank": 2, "hidden": (8,), "embedding": 4, "max_epochs": 2, "n_members": 2, "random_state": 0}
 QUICK |= {"progress": False, "device": "cpu"}
@@ -344,9 +335,9 @@ def test_the_best_epoch_may_be_the_start_and_its_parameters_come_back():
     labels = torch.randint(0, 5, (40, 2), generator=generator)
     target = torch.cat([torch.ones(30), -torch.ones(10)]).double().expand(2, -1)
     rows = Rows(labels, None, target, torch.ones(40).double())
-    train_rows, test_rows = torch.arange(30).expand(2, -1), torch.arange(30, 40).expand(2, -1)
+    train_rows, test_rows = [np.arange(30)] * 2, torch.arange(30, 40).expand(2, -1)
     how = {"learning_rate": 0.1, "batch_size": 10, "max_epochs": 9, "patience": 3}
-    fit = train(kind, parameters, rows, train_rows, test_rows, torch.zeros(2), generator, **how)
+    fit = train(kind, parameters, rows, np.arange(40), train_rows, test_rows, torch.zeros(2), **how)
     assert fit.epoch.tolist() == [0, 0]
     assert len(fit.history) == 4
     for name, value in parameters.items():
