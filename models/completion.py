@@ -29,6 +29,7 @@ from probtensor.models.completion_groups import Data
 from probtensor.models.completion_influence import row_influence
 from probtensor.models.completion_inputs import bin_edges, check_the_same, distinct_keys, encode, n_labels
 from probtensor.models.completion_links import Likelihood, check_values
+from probtensor.models.completion_progress import Progress
 from probtensor.models.completion_settings import Settings, settings_of
 from probtensor.models.completion_side import side_codes, side_features, side_of
 from probtensor.models.completion_stacking import discrete
@@ -114,8 +115,8 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
     Notes
     -----
     A label that was not seen has no effects and the mean of the others' factors and embeddings; intervals are then
-    wider by the spread of the mode's effects. Folds and batches are hashes of rows and of a seed. Checkpoints and
-    ``noise_std`` are not supported.
+    wider by the spread of the mode's effects. Folds and batches are hashes of rows and of a seed. ``noise_std`` is not
+    supported.
 
     References
     ----------
@@ -215,11 +216,19 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
             What is known of the labels of some categorical modes: tables of numbers, strings, categories or truth
             values, indexed by label. Labels that no training row has may be among them, and are then predicted by
             their features; `unknown` flags them all the same.
-        noise_std, checkpoint, checkpoint_every, resume
+        noise_std
             Not supported.
         comm : Comm, optional
             The ranks that fit together, each with its own rows, validation rows among them; see
             `probtensor.comm.world`. A fit depends on how many there are by rounding alone.
+        checkpoint : path-like, optional
+            Folder for the state of the training; SIGTERM writes it too, at the end of an epoch, and ends the process. A
+            fit of the same rows with the same parameters can go on from there, and ends with the same bits.
+        checkpoint_every : int, default 10
+            Epochs from one checkpoint to the next, of all ensembles in turn.
+        resume : bool, default False
+            Go on from the newest checkpoint in the folder, if there is one. What comes before and after the training of
+            networks is done again.
 
         Returns
         -------
@@ -250,8 +259,6 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
 
     def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         settings = self._settings()
-        if checkpoints is not None:
-            raise ValueError("checkpoint: expected None, NeuralTensorCompletion writes no checkpoints")
         if table.precision is not None:
             raise ValueError("noise_std: expected None, NeuralTensorCompletion learns the noise; use sample_weight")
         data = self._data(table, comm)
@@ -266,7 +273,8 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
 
             generator = shared_generator(self.random_state, comm)
             seed = int(torch.randint(2**62, (1,), generator=generator))
-            self._fitted = fit_completion(data, settings, seed, device, report, comm)
+            progress = Progress(checkpoints, seed, data, comm, device)
+            self._fitted = fit_completion(data, settings, device, report, comm, progress)
 
     def _data(self, table: Table, comm: Comm) -> Data:
         """Rows of this rank, and the validation rows that it was given."""

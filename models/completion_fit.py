@@ -32,7 +32,7 @@ from probtensor.models.completion_effects import (
     start_strengths,
     subsets_of,
 )
-from probtensor.models.completion_groups import Data, Group, head_features, kinds_of, train_group
+from probtensor.models.completion_groups import Data, Group, Keeper, head_features, kinds_of, train_group
 from probtensor.models.completion_links import curvature, means
 from probtensor.models.completion_network import Kind, predict
 from probtensor.models.completion_settings import Settings
@@ -79,10 +79,10 @@ class Fitted(NamedTuple):
 def fit_completion(
     data: Data,
     settings: Settings,
-    seed: int,
     device: torch.device,
     report: Callable[[str, int, float], None],
     comm: Comm,
+    progress: Keeper,
 ) -> Fitted:
     """Fit to the rows of all ranks.
 
@@ -91,17 +91,17 @@ def fit_completion(
     data : Data
         Of this rank, which may have no rows.
     settings : Settings
-    seed : int
-        Of all that is random; the same on all ranks.
     device : torch.device
         Of the networks.
     report : callable
         Called with a group's name, the epoch and the members' mean loss.
     comm : Comm
+    progress : Progress
+        Where to go on, and the seed of all that is random.
     """
     labels, values, weight, own = data.labels, data.values, data.weight, data.own
     n, M, likelihood = len(values), settings.n_members, settings.likelihood
-    gaussian = likelihood == "gaussian"
+    gaussian, seed = likelihood == "gaussian", progress.seed
     subsets, cells, sizes = cells_of(data, settings, comm)
     n_own, n_validation = comm.sum(torch.tensor([int(own.sum()), int((~own).sum())])).tolist()
     small = n_own < MIN_ROWS
@@ -153,7 +153,7 @@ def fit_completion(
             n_features = (len(cells) if on_effects and head else 0) + (data.smooth.shape[1] if head else 0)
             kind = Kind(data.sizes, rank, head, settings.width, settings.hidden, n_features)
             group, added = train_group(
-                number, name, kind, on_effects, data, unseen, pieces, settings, seed + 3, device, report, comm
+                number, name, kind, on_effects, data, unseen, pieces, settings, device, report, comm, progress
             )
             groups.append(group)
             candidates += added
@@ -162,7 +162,7 @@ def fit_completion(
     train_weight = np.where(own, weight, 0.0)
     found, fitted = fit_effects(cells, values, train_weight, strengths, likelihood)
     rows = own if small else out
-    everywhere = [values, weight, spread, fitted if small else plain, mixed(data.keys, seed + 4) / 2.0**63, *candidates]
+    everywhere = [values, weight, spread, fitted if small else plain, mixed(data.keys, seed - 1) / 2.0**63, *candidates]
     table = _gather(everywhere, rows, comm)
     held_out = HeldOut(table[0], table[1], table[2], table[3], table[4], table[5:].T, small, n_own)
     noise = held_out.noise() if gaussian else 1.0

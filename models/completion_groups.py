@@ -1,7 +1,7 @@
 """Ensembles of a neural completion: their rows, their kinds, and what they say of rows they have not seen."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from probtensor.comm import Comm
 from probtensor.models.completion_network import Kind, Parameters, Rows, fill_unknown, initial, predict
 from probtensor.models.completion_settings import Settings
 from probtensor.models.completion_side import Side
-from probtensor.models.completion_training import mixed, train
+from probtensor.models.completion_training import Fit, State, mixed, train
 
 __all__ = ["Data", "Group", "head_features", "kinds_of", "train_group"]
 
@@ -20,6 +20,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Pieces = npt.NDArray[np.float32]
+
+SALT = 3  # that of folds and others is less
 
 
 class Data(NamedTuple):
@@ -51,6 +53,24 @@ class Data(NamedTuple):
     weight: FloatArray
     keys: IntArray
     own: Mask
+
+
+class Keeper(Protocol):
+    """What a training asks of `Progress`."""
+
+    seed: int
+
+    def finished(self, number: int) -> Fit | None:
+        """The ensemble of this number, if it is trained."""
+
+    def start(self) -> State | None:
+        """The state to go on from, once."""
+
+    def epoch(self, state: State) -> None:
+        """Take in the state after an epoch."""
+
+    def finish(self, fit: Fit) -> None:
+        """Keep an ensemble that is trained."""
 
 
 class Group(NamedTuple):
@@ -113,10 +133,10 @@ def train_group(
     unseen: list[Mask],
     pieces: Pieces,
     settings: Settings,
-    seed: int,
     device: torch.device,
     report: Callable[[str, int, float], None],
     comm: Comm,
+    progress: Keeper,
 ) -> tuple[Group, list[FloatArray]]:
     """Members of one kind, and what those of each weight decay predict of the rows that they have not seen, (n,).
 
@@ -132,12 +152,12 @@ def train_group(
     pieces : ndarray, shape (F, n, S), float32
         Effects of each subset, of rows that are in none of the effects.
     settings : Settings
-    seed : int
-        The same on all ranks.
     device : torch.device
     report : callable
         Called with the name, the epoch and the members' mean loss.
     comm : Comm
+    progress : Progress
+        Where to go on, and the seed.
     """
     labels, values, n = data.labels[:, : len(kind.sizes)], data.values, len(data.values)
     F, M, decays = len(unseen), settings.n_members, settings.weight_decay
@@ -158,24 +178,30 @@ def train_group(
     train_rows, test_rows = [np.flatnonzero(~part) for part in unseen], [np.flatnonzero(part) for part in unseen]
     most, copies = max(map(len, test_rows)), M * len(decays) // F
     test_index = torch.from_numpy(np.stack([np.append(part, np.full(most - len(part), -1)) for part in test_rows]))
+    seed = progress.seed + SALT
     generator = torch.Generator().manual_seed(int(mixed(np.array([seed]), number)[0]))
     parameters = initial(kind, F * copies, generator, torch.float32)
-    fit = train(
-        kind,
-        {key: value.to(device) for key, value in parameters.items()},
-        rows,
-        mixed(data.keys, seed + number),
-        train_rows * copies,
-        test_index.repeat(copies, 1).to(device),
-        torch.tensor(decays, dtype=torch.float32).repeat_interleave(M).to(device),
-        learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        max_epochs=settings.max_epochs,
-        patience=settings.patience,
-        n_checkpoints=settings.n_checkpoints - 1,
-        report=lambda epoch, loss: report(name, epoch, loss),
-        comm=comm,
-    )
+    fit = progress.finished(number)
+    if fit is None:
+        fit = train(
+            kind,
+            {key: value.to(device) for key, value in parameters.items()},
+            rows,
+            mixed(data.keys, seed + number),
+            train_rows * copies,
+            test_index.repeat(copies, 1).to(device),
+            torch.tensor(decays, dtype=torch.float32).repeat_interleave(M).to(device),
+            learning_rate=settings.learning_rate,
+            batch_size=settings.batch_size,
+            max_epochs=settings.max_epochs,
+            patience=settings.patience,
+            n_checkpoints=settings.n_checkpoints - 1,
+            report=lambda epoch, loss: report(name, epoch, loss),
+            comm=comm,
+            state=progress.start(),
+            after_epoch=progress.epoch,
+        )
+        progress.finish(fit)
     seen = torch.zeros(F, sum(s + 1 for s in kind.sizes), dtype=torch.int64)
     first = np.cumsum([0, *(s + 1 for s in kind.sizes)])[:-1]
     for f in range(F):

@@ -38,14 +38,14 @@ LARGEST = 30.0  # log odds and logarithms of counts beyond are taken for this
 
 
 def check_values(likelihood: str, values: FloatArray, name: str) -> None:
-    """Raise ValueError, naming the argument and a row, where values (n,) cannot be of the likelihood.
+    """Raise ValueError, naming the argument, where values (n,) cannot be of the likelihood.
 
     Examples
     --------
     >>> check_values("bernoulli", np.array([0.0, 0.5]), "y")
     Traceback (most recent call last):
         ...
-    ValueError: y: expected 0 or 1 with likelihood="bernoulli", got 0.5 at row 1
+    ValueError: y: expected 0 or 1 with likelihood="bernoulli", got 0.5
     """
     if likelihood == "gaussian":
         return
@@ -54,9 +54,7 @@ def check_values(likelihood: str, values: FloatArray, name: str) -> None:
     else:
         wrong, wanted = (values < 0) | (values != np.floor(values)), "whole numbers of at least 0"
     if len(bad := np.flatnonzero(wrong)):
-        raise ValueError(
-            f'{name}: expected {wanted} with likelihood="{likelihood}", got {values[bad[0]]:g} at row {bad[0]}'
-        )
+        raise ValueError(f'{name}: expected {wanted} with likelihood="{likelihood}", got {values[bad[0]]:g}')
 
 
 def link(likelihood: str, mean: float, n: float) -> float:

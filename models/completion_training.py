@@ -11,6 +11,7 @@ Loshchilov, Hutter (2019), "Decoupled Weight Decay Regularization", ICLR.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from probtensor.blocks import scramble
 from probtensor.comm import Comm, Serial
 from probtensor.models.completion_network import CHUNK, Batch, Kind, Parameters, Rows, row_losses
 
-__all__ = ["Fit", "adam_step", "mixed", "train"]
+__all__ = ["Fit", "State", "adam_step", "mixed", "train"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -43,6 +44,33 @@ class Fit(NamedTuple):
     loss: Tensor
     history: Tensor
     checkpoints: list[tuple[Parameters, Tensor]]
+
+
+@dataclass
+class State:
+    """A training under way, after an epoch.
+
+    Attributes
+    ----------
+    parameters, best : dict of str to Tensor, members first
+    moments : dict of str to (Tensor, Tensor)
+        Of the gradients, first and second.
+    best_loss, best_epoch : Tensor, shape (M,)
+    history : list of Tensor, shape (M,)
+        Losses from the start on.
+    kept : list of (int, dict of str to Tensor, float)
+        Epochs whose parameters are kept, the parameters and the learning rate.
+    epoch : int
+    """
+
+    parameters: Parameters
+    moments: dict[str, tuple[Tensor, Tensor]]
+    best: Parameters
+    best_loss: Tensor
+    best_epoch: Tensor
+    history: list[Tensor]
+    kept: list[tuple[int, Parameters, float]]
+    epoch: int = 0
 
 
 def mixed(keys: IntArray, salt: int) -> IntArray:
@@ -74,6 +102,8 @@ def train(
     n_checkpoints: int = 0,
     report: Callable[[int, float], None] | None = None,
     comm: Comm | None = None,
+    state: State | None = None,
+    after_epoch: Callable[[State], None] | None = None,
 ) -> Fit:
     """Train all members; each keeps the parameters of its best epoch, which may be the start.
 
@@ -102,6 +132,10 @@ def train(
         Called with the epoch and the mean of the members' best losses.
     comm : Comm, optional
         The ranks that share the rows.
+    state : State, optional
+        Where to go on; it is changed. Default: at the parameters.
+    after_epoch : callable, optional
+        Called with the state.
 
     Returns
     -------
@@ -109,44 +143,52 @@ def train(
     """
     comm = Serial() if comm is None else comm
     device, M = rows.target.device, len(weight_decay)
-    parameters = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in parameters.items()}
-    best = {name: value.detach().clone() for name, value in parameters.items()}
-    loss = validation_loss(kind, parameters, rows, test_rows, comm)
-    best_loss, best_epoch, history = loss, torch.zeros(M, dtype=torch.int64, device=device), [loss]
+    if state is None:
+        loss = validation_loss(kind, parameters, rows, test_rows, comm)
+        state = State(
+            {name: value.clone().requires_grad_() for name, value in parameters.items()},
+            {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in parameters.items()},
+            {name: value.detach().clone() for name, value in parameters.items()},
+            loss,
+            torch.zeros(M, dtype=torch.int64, device=device),
+            [loss],
+            [],
+        )
     n = int(comm.sum(torch.tensor([len(part) for part in train_rows])).min())
     n_batches = max(n // batch_size, 1)
-    n_steps, step = max_epochs * n_batches, 0
-    kept = set(torch.linspace(0, max_epochs, n_checkpoints + 2).round().int().tolist()[1:-1])
-    checkpoints: list[tuple[int, Parameters, float]] = []
-    for epoch in range(1, max_epochs + 1):
-        batches = deal_batches(keys, train_rows, n_batches, epoch).to(device)
+    n_steps, rate = max_epochs * n_batches, 0.0
+    to_keep = set(torch.linspace(0, max_epochs, n_checkpoints + 2).round().int().tolist()[1:-1])
+    while state.epoch < max_epochs and state.epoch - int(state.best_epoch.max()) < patience:
+        state.epoch += 1
+        batches = deal_batches(keys, train_rows, n_batches, state.epoch).to(device)
         total = comm.sum(torch.stack([batch_weight(rows.weight, batches[:, b]) for b in range(n_batches)]))
         for b in range(n_batches):
-            step += 1
+            step = (state.epoch - 1) * n_batches + b + 1
             rise, fall = step / (WARM_UP * n_steps), 0.5 * (1 + math.cos(math.pi * step / n_steps))
             rate = learning_rate * min(rise, fall)
             number = batches[:, b]
             batch = rows.take(number.clamp(min=0))
             batch = batch._replace(weight=batch.weight * (number >= 0))
-            adam_step(kind, parameters, moments, batch, step, rate, weight_decay, rows.likelihood, total[b], comm)
-        loss = validation_loss(kind, parameters, rows, test_rows, comm)
-        history.append(loss)
-        better = loss < best_loss
-        best_loss, best_epoch = torch.where(better, loss, best_loss), best_epoch.masked_fill(better, epoch)
+            how = step, rate, weight_decay, rows.likelihood, total[b], comm
+            adam_step(kind, state.parameters, state.moments, batch, *how)
+        loss = validation_loss(kind, state.parameters, rows, test_rows, comm)
+        state.history.append(loss)
+        better = loss < state.best_loss
+        state.best_loss = torch.where(better, loss, state.best_loss)
+        state.best_epoch = state.best_epoch.masked_fill(better, state.epoch)
         if better.any():
-            for name, value in parameters.items():
-                best[name][better] = value.detach()[better]
+            for name, value in state.parameters.items():
+                state.best[name][better] = value.detach()[better]
         if report is not None:
-            report(epoch, float(best_loss.mean()))
-        if epoch in kept:
-            now = {name: value.detach().clone() for name, value in parameters.items()}
-            checkpoints.append((epoch, now, rate))
-        if epoch - int(best_epoch.max()) >= patience:
-            break
-    before = [(now, torch.where(best_epoch > epoch, rate, 0.0)) for epoch, now, rate in checkpoints]
+            report(state.epoch, float(state.best_loss.mean()))
+        if state.epoch in to_keep:
+            now = {name: value.detach().clone() for name, value in state.parameters.items()}
+            state.kept.append((state.epoch, now, rate))
+        if after_epoch is not None:
+            after_epoch(state)
+    before = [(now, torch.where(state.best_epoch > epoch, rate, 0.0)) for epoch, now, rate in state.kept]
     used = [(now, rate) for now, rate in before if rate.any()]
-    return Fit(best, best_epoch, best_loss, torch.stack(history), used)
+    return Fit(state.best, state.best_epoch, state.best_loss, torch.stack(state.history), used)
 
 
 def deal_batches(keys: IntArray, train_rows: list[IntArray], n_batches: int, epoch: int) -> Tensor:

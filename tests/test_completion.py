@@ -263,12 +263,10 @@ def test_bad_parameters_are_named(name, value):
         NeuralTensorCompletion(**QUICK | {name: value}).fit(X[:50], Y[:50])
 
 
-def test_what_is_not_supported_is_refused_by_name(tmp_path):
+def test_what_is_not_supported_is_refused_by_name():
     model = NeuralTensorCompletion(**QUICK)
     with pytest.raises(ValueError, match=r"^noise_std: expected None"):
         model.fit(X[:50], Y[:50], noise_std=np.ones(50))
-    with pytest.raises(ValueError, match=r"^checkpoint: expected None"):
-        model.fit(X[:50], Y[:50], checkpoint=tmp_path / "folder")
     with pytest.raises(ValueError, match=r"^y: expected"):
         model.fit(X[:50], np.full(50, np.nan))
     with pytest.raises(NotFittedError):

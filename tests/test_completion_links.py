@@ -78,10 +78,10 @@ def test_probabilities_are_those_of_the_values(case):
 
 def test_values_that_cannot_be_are_named():
     X, y, _ = planted("poisson", 40)
-    with pytest.raises(ValueError, match=r'^y: expected 0 or 1 with likelihood="bernoulli", got 2 at row 0'):
+    with pytest.raises(ValueError, match=r'^y: expected 0 or 1 with likelihood="bernoulli", got 2'):
         NeuralTensorCompletion(**QUICK, likelihood="bernoulli").fit(X[:40], np.full(40, 2.0))
     for bad in (-1.0, 0.5):
-        with pytest.raises(ValueError, match=r"^y: expected whole numbers of at least 0 .*, got .* at row"):
+        with pytest.raises(ValueError, match=r"^y: expected whole numbers of at least 0 .*"):
             NeuralTensorCompletion(**QUICK, likelihood="poisson").fit(X, np.append(y[:-1], bad))
     with pytest.raises(ValueError, match=r"^y_val: expected whole numbers"):
         NeuralTensorCompletion(**QUICK, likelihood="poisson").fit(X, y, X_val=X[:2], y_val=[1.0, 1.5])

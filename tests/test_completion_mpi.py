@@ -13,4 +13,4 @@ if TYPE_CHECKING:
 @pytest.mark.mpi
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_fit_on_several_ranks_is_the_serial_fit(run_mpi: RunMpi, n: int) -> None:
-    assert run_mpi("completion_ranks.py", n, timeout=240).stdout == f"ok on {n}\n"
+    assert run_mpi("completion_ranks.py", n, timeout=400).stdout == f"ok on {n}\n"

@@ -2,18 +2,21 @@
 
 import sys
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 import pytest
+from torch import Tensor
 
+from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm, Serial, abort_on_error, world
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.models import NeuralTensorCompletion
 
-N = 1500
+N = 4200  # two blocks: of three ranks one gets no rows
 QUICK = {"rank": 2, "hidden": (8,), "embedding": 4, "max_epochs": 3, "n_members": 2, "random_state": 0}
-QUICK |= {"batch_size": 100, "progress": False, "device": "cpu"}
+QUICK |= {"batch_size": 400, "progress": False, "device": "cpu"}
 
 
 def table(likelihood: str) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
@@ -54,7 +57,7 @@ def numbers(model: NeuralTensorCompletion, X: pd.DataFrame) -> np.ndarray:
 def check(likelihood: str, comm: Comm, *, validate: bool = False, side: bool = False, **settings: object) -> None:
     X, y, features = table(likelihood)
     weight = np.random.default_rng(1).integers(1, 4, len(y)).astype(float)
-    n_train = 1200 if validate else len(y)
+    n_train = 4150 if validate else len(y)
 
     def fitted(comm: Comm) -> NeuralTensorCompletion:
         rows, more = shares(n_train, comm, 2), n_train + shares(len(y) - n_train, comm, 3)
@@ -79,7 +82,7 @@ def check(likelihood: str, comm: Comm, *, validate: bool = False, side: bool = F
 def check_few(comm: Comm) -> None:
     """Fewer rows than a network needs, and than there are ranks."""
     X, y, _ = table("gaussian")
-    for n in (1, 2, 29):
+    for n in (1, 29):
         mine = np.arange(n)[comm.rank :: comm.size]
         model = NeuralTensorCompletion(**QUICK).fit(X.iloc[mine], y[mine], comm=comm)
         if comm.is_root:
@@ -90,7 +93,7 @@ def check_few(comm: Comm) -> None:
 def check_refusals(comm: Comm) -> None:
     X, y, features = table("poisson")
     bad = np.where(np.arange(len(y)) == 3, 0.5, y) if comm.is_root else y
-    with pytest.raises(ValueError, match=r"^rank 0: y: expected whole numbers"):
+    with pytest.raises(ValueError, match=r"^rank \d: y: expected whole numbers"):
         NeuralTensorCompletion(**QUICK, likelihood="poisson").fit(X, bad, comm=comm)
     given = {"X_val": X, "y_val": y} if comm.is_root else {}
     with pytest.raises(ValueError, match=r"^X_val: expected validation rows"):
@@ -105,17 +108,50 @@ def check_refusals(comm: Comm) -> None:
         )
 
 
+def check_checkpoints(comm: Comm, folder: str) -> None:
+    """A fit that ends early on two ranks goes on there, and on one."""
+    X, y, _ = table("gaussian")
+    rows = shares(len(y), comm, 2)
+    write = Checkpoints.write
+
+    def stop(self: Checkpoints, arrays: Mapping[str, Tensor], meta: Mapping[str, object]) -> None:
+        write(self, arrays, meta)
+        if self._step == 5:
+            raise KeyboardInterrupt
+
+    def fitted(comm: Comm, rows: np.ndarray, **options: object) -> np.ndarray:
+        return numbers(NeuralTensorCompletion(**QUICK).fit(X.iloc[rows], y[rows], comm=comm, **options), X)
+
+    Checkpoints.write = stop
+    with pytest.raises(KeyboardInterrupt):
+        fitted(comm, rows, checkpoint=folder, checkpoint_every=1)
+    Checkpoints.write = write
+    found = fitted(comm, rows, checkpoint=folder, resume=True)
+    np.testing.assert_array_equal(found, fitted(comm, rows))
+    if comm.is_root:
+        alone = fitted(Serial(), np.arange(len(y)), checkpoint=folder, resume=True)
+        np.testing.assert_allclose(alone, found, rtol=3e-4, atol=3e-4)
+
+
+def check_fits(comm: Comm) -> None:
+    check("gaussian", comm)
+    if comm.size == 1:
+        return
+    check("gaussian", comm, validate=True, side=True)
+    check("gaussian", comm, biases=False, head="costco")
+    check("poisson", comm, side=True)
+    check("bernoulli", comm, head=None, validate=True)
+    check_few(comm)
+    check_refusals(comm)
+
+
 def main() -> None:
     comm = world()
     with abort_on_error(comm):
-        check("gaussian", comm)
-        check("gaussian", comm, validate=True, side=True)
-        check("gaussian", comm, biases=False, head="costco")
-        check("poisson", comm, side=True)
-        check("bernoulli", comm, head=None, validate=True)
-        check_few(comm)
-        if comm.size > 1:
-            check_refusals(comm)
+        if len(sys.argv) > 1:
+            check_checkpoints(comm, sys.argv[1])
+        else:
+            check_fits(comm)
     if comm.is_root:
         print(f"ok on {comm.size}")
         sys.stdout.flush()
