@@ -62,7 +62,7 @@ def test_predictions_come_near_the_truth(case):
 def test_intervals_of_counts_cover_what_they_say():
     X, y, eta = planted("poisson", 6000)
     rng = np.random.default_rng(1)
-    y = rng.poisson(np.exp(eta + 1) * rng.gamma(4, 1 / 4, len(y))).astype(float)
+    y = rng.poisson(np.exp(eta + 2.5) * rng.gamma(4, 1 / 4, len(y))).astype(float)
     model = NeuralTensorCompletion(**QUICK | {"likelihood": "poisson", "max_epochs": 10}).fit(X[:5000], y[:5000])
     lower, upper = model.predict_interval(X[5000:], 0.9)
     assert 0.85 < np.mean((lower <= y[5000:]) & (y[5000:] <= upper)) < 0.95
