@@ -132,9 +132,13 @@ class Effects(NamedTuple):
         for s, (subset, known, strength) in enumerate(zip(self.subsets, self.known, self.strengths, strict=True)):
             number = _numbers(positions, subset, self.sizes)
             at = np.searchsorted(known, number).clip(max=len(known) - 1)
-            seen = known[at] == number
+            seen = (known[at] == number) & (number >= 0)
             found[:, s] = np.where(seen, self.effects[s][at], 0.0)
-            variance += self.noise_variance / (np.where(seen, self.weights[s][at], 0.0) + strength)
+            prior = self.noise_variance / strength
+            if len(subset) == 1:  # where labels have many rows, held-out rows hardly tell strengths apart
+                prior = max(prior, float(np.mean(self.effects[s] ** 2)))
+            weight = np.where(seen, self.weights[s][at], 0.0)
+            variance += np.where(seen, self.noise_variance / (weight + strength), prior)
         return found, variance
 
 

@@ -28,7 +28,7 @@ FloatArray = npt.NDArray[np.float64]
 
 LEAST_VARIANCE = 1e-12  # of the noise of standardised values
 INFLATIONS = 0.0, 0.25, 0.5, 1.0, 2.0, 4.0
-CALIBRATION_ROWS = 50_000  # more say no more
+CALIBRATION_ROWS = 20_000  # more say no more
 LOG_TEMPERATURES, LOG_DISPERSIONS = (-1.5, 1.5), (-12.0, 3.0)
 MOST_UNCERTAIN = 3.0  # variance of the logarithm of a count: the counts' standard deviation is then four times the mean
 
