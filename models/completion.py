@@ -220,7 +220,8 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
             Not supported.
         comm : Comm, optional
             The ranks that fit together, each with its own rows, validation rows among them; see
-            `probtensor.comm.world`. A fit depends on how many there are by rounding alone.
+            `probtensor.comm.world`. A fit depends on how many there are by rounding alone; long trainings amplify that
+            of single precision.
         checkpoint : path-like, optional
             Folder for the state of the training; SIGTERM writes it too, at the end of an epoch, and ends the process. A
             fit of the same rows with the same parameters can go on from there, and ends with the same bits.

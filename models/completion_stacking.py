@@ -209,7 +209,7 @@ def discrete(
     Examples
     --------
     >>> discrete("bernoulli", np.array([2.0]), np.array([4.0]), Spread(1.0, 1.0, 0.0)).mean.round(3)
-    array([0.788])
+    array([0.777])
     >>> discrete("poisson", np.log([5.0]), np.array([0.0]), Spread(1.0, 0.2, 0.0)).std.round(3)
     array([3.162])
     """
