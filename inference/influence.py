@@ -5,6 +5,9 @@ training row j lowers the query rows' summed loss by its size times ``<grad l_j,
 gradient: that is the influence of row j (TracIn). With ``v`` replaced by ``H^-1 v`` it is the influence function: what
 leaving row j out of the training would raise the query loss by, times the number of rows.
 
+With the inverse ``m`` of a canonical link, the loss is the negative log-likelihood of a value of mean ``m(p)``, such as
+a binary value or a count: its derivative by ``p`` is then ``m(p) - y``, which takes the place of ``p - y``.
+
 All rows' scores come from one forward-mode pass (`torch.func.jvp`), in memory for the parameters and a chunk of rows;
 no row's gradient is ever stored. Those of the output layer alone have a closed form.
 
@@ -30,13 +33,16 @@ __all__ = ["MFAC", "GaussNewton", "GradientRing", "Preconditioner", "influence",
 
 Rows = tuple[Tensor, Tensor]  # inputs (n, …) and values (n,)
 Parameters = dict[str, Tensor]
+Link = Callable[[Tensor], Tensor] | None  # from predictions to means; None: they are the same
 CHUNK = 4096  # rows in one pass
 
 
 class Preconditioner(Protocol):
     """What the query rows' gradient is multiplied by."""
 
-    def apply(self, module: nn.Module, names: Sequence[str], train: Rows, v: Tensor, comm: Comm) -> Tensor:
+    def apply(
+        self, module: nn.Module, names: Sequence[str], train: Rows, v: Tensor, comm: Comm, inverse_link: Link = None
+    ) -> Tensor:
         """The product with `v`, shape (P,), the parameters `names` in their order."""
         ...
 
@@ -52,6 +58,7 @@ def influence(
     checkpoints: Sequence[tuple[Parameters, float]] | None = None,
     chunk: int = CHUNK,
     comm: Comm | None = None,
+    inverse_link: Link = None,
 ) -> Tensor:
     """Influence of each training row on the summed loss of the query rows.
 
@@ -74,6 +81,9 @@ def influence(
         Rows in one pass.
     comm : Comm, optional
         The ranks that share the rows: the query rows' gradient is one sum a checkpoint.
+    inverse_link : callable, optional
+        Means of the values from predictions, such as `torch.sigmoid` for binary values and `torch.exp` for counts,
+        whose negative log-likelihood the loss then is. Default: half the squared error.
 
     Returns
     -------
@@ -109,14 +119,15 @@ def influence(
     for state, rate in steps:
         at = now | {name: state[name].detach().to(now[name]) for name in now}
         if parameters == "last" and preconditioner is None:
-            scores = _of_output_layer(module, at, train, query, chunk, comm)
+            scores = _of_output_layer(module, at, train, query, chunk, comm, inverse_link)
         else:
             names = list(now) if parameters == "all" else _output_names(module)
-            v = comm.sum(_summed_gradient(module, at, names, query, chunk))
+            v = comm.sum(_summed_gradient(module, at, names, query, chunk, inverse_link))
             if preconditioner is not None:
                 with _placed(module, at):
-                    v = preconditioner.apply(module, names, train, v, comm)
-            scores = torch.cat([*(_along(module, at, names, part, v) for part in _parts(train, chunk)), total[:0]])
+                    v = preconditioner.apply(module, names, train, v, comm, inverse_link)
+            moved = (_along(module, at, names, part, v, inverse_link) for part in _parts(train, chunk))
+            scores = torch.cat([*moved, total[:0]])
         total = total + rate * scores
     return total if signed else total.abs()
 
@@ -124,7 +135,9 @@ def influence(
 @final
 @dataclass(frozen=True)
 class GaussNewton:
-    """``(J'J / n + damping)^-1`` over all training rows, by conjugate gradients: J is never formed.
+    """``(J'WJ / n + damping)^-1`` over all training rows, by conjugate gradients: J is never formed.
+
+    ``W`` is the derivative of the inverse link, and one without.
 
     Attributes
     ----------
@@ -140,7 +153,9 @@ class GaussNewton:
     steps: int = 100
     tol: float = 1e-10
 
-    def apply(self, module: nn.Module, names: Sequence[str], train: Rows, v: Tensor, comm: Comm) -> Tensor:
+    def apply(
+        self, module: nn.Module, names: Sequence[str], train: Rows, v: Tensor, comm: Comm, inverse_link: Link = None
+    ) -> Tensor:
         """The product with `v`."""
         if not self.damping > 0:
             raise ValueError(f"damping: expected a number above 0, got {self.damping!r}")
@@ -152,7 +167,7 @@ class GaussNewton:
             for inputs, _ in _parts(train, CHUNK):
                 predict = _predictions(module, at, names, inputs)
                 chosen = tuple(at[name] for name in names)
-                _, moved = _forward(predict, chosen, x)
+                _, moved = _forward(_means(predict, inverse_link), chosen, x)
                 mine += _flatten(vjp(predict, *chosen)[1](moved))
             return comm.sum(mine) / n + self.damping * x
 
@@ -175,7 +190,9 @@ class MFAC:
     n_gradients: int = 256
     damping: float = 1e-3
 
-    def apply(self, module: nn.Module, names: Sequence[str], train: Rows, v: Tensor, comm: Comm) -> Tensor:
+    def apply(
+        self, module: nn.Module, names: Sequence[str], train: Rows, v: Tensor, comm: Comm, inverse_link: Link = None
+    ) -> Tensor:
         """The product with `v`."""
         if comm.size > 1:
             raise ValueError("preconditioner: expected GaussNewton on several ranks, got MFAC")
@@ -183,7 +200,7 @@ class MFAC:
         count = min(self.n_gradients, len(train[1]))
         rows = torch.linspace(0, len(train[1]) - 1, count, device=v.device).round().long()
         gradients = [
-            _summed_gradient(module, at, names, (train[0][row : row + 1], train[1][row : row + 1]), 1)
+            _summed_gradient(module, at, names, (train[0][row : row + 1], train[1][row : row + 1]), 1, inverse_link)
             for row in rows.tolist()
         ]
         return inverse_product(torch.stack(gradients), v, self.damping)
@@ -259,18 +276,20 @@ class GradientRing:
         return (v - explained) / self.damping
 
 
-def _of_output_layer(module: nn.Module, at: Parameters, train: Rows, query: Rows, chunk: int, comm: Comm) -> Tensor:
+def _of_output_layer(
+    module: nn.Module, at: Parameters, train: Rows, query: Rows, chunk: int, comm: Comm, inverse_link: Link
+) -> Tensor:
     """Scores ``(p_j - y_j) (h_j G[:-1] + G[-1])``, with G the query rows' sum of ``(p - y) [h, 1]``."""
     weight = at[_output_names(module)[0]]
     mine = weight.new_zeros(weight.numel() + 1)
     for inputs, values in _parts(query, chunk):
-        errors, hidden = _errors_and_hidden(module, at, inputs, values)
+        errors, hidden = _errors_and_hidden(module, at, inputs, values, inverse_link)
         mine += torch.cat([errors @ hidden, errors.sum()[None]])
     G = comm.sum(mine)
     bias = G[-1] if len(_output_names(module)) > 1 else torch.zeros_like(G[-1])
     scores = [train[1].new_zeros(0)]
     for inputs, values in _parts(train, chunk):
-        errors, hidden = _errors_and_hidden(module, at, inputs, values)
+        errors, hidden = _errors_and_hidden(module, at, inputs, values, inverse_link)
         scores.append(errors * (hidden @ G[:-1] + bias))
     return torch.cat(scores)
 
@@ -289,7 +308,9 @@ def _output_names(module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def _errors_and_hidden(module: nn.Module, at: Parameters, inputs: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _errors_and_hidden(
+    module: nn.Module, at: Parameters, inputs: Tensor, values: Tensor, inverse_link: Link
+) -> tuple[Tensor, Tensor]:
     """Prediction errors (n,) and what the output layer is given (n, d)."""
     seen: list[Tensor] = []
     handle = _output_layer(module)[1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -297,7 +318,17 @@ def _errors_and_hidden(module: nn.Module, at: Parameters, inputs: Tensor, values
         predicted = functional_call(module, at, (inputs,))
     finally:
         handle.remove()
-    return predicted - values, seen[-1].reshape(len(values), -1)
+    return _error(predicted, values, inverse_link), seen[-1].reshape(len(values), -1)
+
+
+def _error(predicted: Tensor, values: Tensor, inverse_link: Link) -> Tensor:
+    """Derivative (n,) of each row's loss by its prediction."""
+    return (predicted if inverse_link is None else inverse_link(predicted)) - values
+
+
+def _means(predict: Callable[..., Tensor], inverse_link: Link) -> Callable[..., Tensor]:
+    """Means of the values (n,) as a function of some parameters."""
+    return predict if inverse_link is None else lambda *chosen: inverse_link(predict(*chosen))
 
 
 def _predictions(module: nn.Module, at: Parameters, names: Sequence[str], inputs: Tensor) -> Callable[..., Tensor]:
@@ -310,22 +341,26 @@ def _predictions(module: nn.Module, at: Parameters, names: Sequence[str], inputs
     return predict
 
 
-def _summed_gradient(module: nn.Module, at: Parameters, names: Sequence[str], rows: Rows, chunk: int) -> Tensor:
+def _summed_gradient(
+    module: nn.Module, at: Parameters, names: Sequence[str], rows: Rows, chunk: int, inverse_link: Link
+) -> Tensor:
     """Gradient of the rows' summed loss, shape (P,): one backward pass."""
     chosen = tuple(at[name] for name in names)
     total = torch.zeros_like(_flatten(chosen))
     for inputs, values in _parts(rows, chunk):
         predicted, back = vjp(_predictions(module, at, names, inputs), *chosen)[:2]
-        total += _flatten(back(predicted - values))
+        total += _flatten(back(_error(predicted, values, inverse_link)))
     return total
 
 
-def _along(module: nn.Module, at: Parameters, names: Sequence[str], rows: Rows, v: Tensor) -> Tensor:
+def _along(
+    module: nn.Module, at: Parameters, names: Sequence[str], rows: Rows, v: Tensor, inverse_link: Link
+) -> Tensor:
     """Each row's gradient times `v`, shape (n,): one forward-mode pass."""
     inputs, values = rows
     chosen = tuple(at[name] for name in names)
     predicted, moved = _forward(_predictions(module, at, names, inputs), chosen, v)
-    return (predicted - values) * moved
+    return _error(predicted, values, inverse_link) * moved
 
 
 def _forward(predict: Callable[..., Tensor], chosen: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, Tensor]:

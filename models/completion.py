@@ -2,32 +2,39 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from tqdm import tqdm
 
-from probtensor.axes import Axis, ContinuousAxis
+from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.calibration import inflated
 from probtensor.checkpoints import Checkpoints
 from probtensor.columns import to_cpu_array
-from probtensor.comm import Comm
+from probtensor.comm import Comm, refuse_together
 from probtensor.data import Duplicates
 from probtensor.estimator import TensorRegressor
 from probtensor.inference.influence import Preconditioner
-from probtensor.intake import Table, Where
-from probtensor.models.completion_files import fitted_from_state, fitted_to_state
-from probtensor.models.completion_fit import Fitted, fit_completion, moments
+from probtensor.intake import Table, Where, row_keys
+from probtensor.models.completion_files import fitted_from_state, fitted_to_state, sides_from_state, sides_to_state
+from probtensor.models.completion_findings import Findings
+from probtensor.models.completion_fit import fit_completion, moments
+from probtensor.models.completion_groups import Data
 from probtensor.models.completion_influence import row_influence
-from probtensor.models.completion_inputs import bin_edges, encode, n_labels
+from probtensor.models.completion_inputs import bin_edges, check_the_same, distinct_keys, encode, n_labels
+from probtensor.models.completion_links import Likelihood, check_values
+from probtensor.models.completion_progress import Progress
 from probtensor.models.completion_settings import Settings, settings_of
-from probtensor.predictive import NormalMixture
-from probtensor.resources import RandomState, make_generator, resolve_device
+from probtensor.models.completion_side import side_codes, side_features, side_of
+from probtensor.models.completion_stacking import discrete
+from probtensor.predictive import NormalMixture, Predictive
+from probtensor.resources import RandomState, resolve_device, shared_generator
 
 __all__ = ["NeuralTensorCompletion"]
 
@@ -37,7 +44,7 @@ IntArray = npt.NDArray[np.int64]
 SHOW_AFTER = 1.0  # seconds before a progress bar appears
 
 
-class NeuralTensorCompletion(TensorRegressor):
+class NeuralTensorCompletion(Findings, TensorRegressor):
     """Completion of a tensor by effects of labels and their combinations, factors, and ensembles of networks.
 
     Candidates from plain to rich are fitted side by side: effects of labels, pairs and triples of labels, shrunk in
@@ -52,6 +59,9 @@ class NeuralTensorCompletion(TensorRegressor):
         Factors of each mode, for interactions of any number of modes; 0 for none.
     head : {"mlp", "costco", None}, default "mlp"
         Network over the modes' embeddings: a perceptron, CoSTCo's convolutions, or none.
+    likelihood : {"gaussian", "bernoulli", "poisson"}, default "gaussian"
+        Of the values: real numbers, 0 and 1, or counts. Effects and networks then add up to the value, to the log odds
+        of a 1, or to the logarithm of the expected count.
     axes : sequence of Axis, optional
         What the modes mean. Default: by column, floats and dates continuous, all else categorical. Continuous modes
         have up to 64 bins as labels, and smooth features of the coordinate as inputs of the network; kernels are not
@@ -94,16 +104,19 @@ class NeuralTensorCompletion(TensorRegressor):
     best_epochs_ : dict of str to tuple of int
         Of each candidate's members; 0 is the start.
     validation_rmse_ : dict of str to ndarray, shape (epochs + 1, n_members)
-        Of each candidate's members on their rows held out, from the start on, in the unit of y.
+        Of each candidate's members on their rows held out, from the start on, in the unit of y; Gaussian values only.
+    validation_deviance_ : dict of str to ndarray, shape (epochs + 1, n_members)
+        The same as mean deviances, for any likelihood: of Gaussian values, the squared error.
     noise_std_ : float
-        Standard deviation that the effects leave to the noise, in the unit of y.
+        Standard deviation that the effects leave to the noise, in the unit of y; Gaussian values only.
     axes_, y_mean_, y_scale_, n_features_in_, feature_names_in_
         See `TensorRegressor`.
 
     Notes
     -----
     A label that was not seen has no effects and the mean of the others' factors and embeddings; intervals are then
-    wider by the spread of the mode's effects. Fits on several ranks, checkpoints and ``noise_std`` are not supported.
+    wider by the spread of the mode's effects. Folds and batches are hashes of rows and of a seed. ``noise_std`` is not
+    supported.
 
     References
     ----------
@@ -122,7 +135,6 @@ class NeuralTensorCompletion(TensorRegressor):
     True
     """
 
-    _fitted: Fitted
     _edges: dict[str, FloatArray]
 
     def __init__(
@@ -131,6 +143,7 @@ class NeuralTensorCompletion(TensorRegressor):
         head: Literal["mlp", "costco"] | None = "mlp",
         axes: Sequence[Axis] | None = None,
         *,
+        likelihood: Likelihood = "gaussian",
         biases: bool = True,
         interactions: bool = True,
         embedding: int = 16,
@@ -150,6 +163,7 @@ class NeuralTensorCompletion(TensorRegressor):
         self.rank = rank
         self.head = head
         self.axes = axes
+        self.likelihood = likelihood
         self.biases = biases
         self.interactions = interactions
         self.embedding = embedding
@@ -166,64 +180,6 @@ class NeuralTensorCompletion(TensorRegressor):
         self.random_state = random_state
         self.progress = progress
 
-    @property
-    def weights_(self) -> dict[str, float]:
-        """Weight of each candidate in the mean; they sum to one."""
-        check_is_fitted(self, "axes_")
-        return dict(zip(self._candidates(), self._fitted.weights.tolist(), strict=True))
-
-    @property
-    def best_epochs_(self) -> dict[str, tuple[int, ...]]:
-        """Epochs of each candidate's members; 0 is the start."""
-        check_is_fitted(self, "axes_")
-        M = self._fitted.n_members
-        epochs = [
-            group.best_epoch[first : first + M]
-            for group in self._fitted.groups
-            for first in range(0, len(group.best_epoch), M)
-        ]
-        names = self._candidates()
-        return dict(zip(names[len(names) - len(epochs) :], epochs, strict=True))
-
-    @property
-    def validation_rmse_(self) -> dict[str, FloatArray]:
-        """RMSE (epochs + 1, n_members) of each candidate's members on their rows held out, in the unit of y."""
-        check_is_fitted(self, "axes_")
-        M = self._fitted.n_members
-        curves = [
-            self.y_scale_ * group.history[:, first : first + M].double().sqrt().numpy()
-            for group in self._fitted.groups
-            for first in range(0, len(group.best_epoch), M)
-        ]
-        names = self._candidates()
-        return dict(zip(names[len(names) - len(curves) :], curves, strict=True))
-
-    @property
-    def strengths_(self) -> dict[tuple[str, ...], float]:
-        """Shrinkage of the effects of each subset of modes."""
-        check_is_fitted(self, "axes_")
-        names = [str(axis.name) for axis in self.axes_]
-        effects = self._fitted.effects
-        pairs = zip(effects.subsets, effects.strengths, strict=True)
-        return {tuple(names[mode] for mode in subset): strength for subset, strength in pairs}
-
-    @property
-    def noise_std_(self) -> float:
-        """Standard deviation that the effects leave to the noise, in the unit of y."""
-        check_is_fitted(self, "axes_")
-        return math.sqrt(self._fitted.effects.noise_variance) * self.y_scale_
-
-    def _candidates(self) -> list[str]:
-        single = self.biases or not self._fitted.groups
-        M = self._fitted.n_members
-        decays = self._settings().weight_decay
-        names = [
-            f"{group.name}, decay {decay:g}"
-            for group in self._fitted.groups
-            for decay in decays[: len(group.best_epoch) // M]
-        ]
-        return ["effects", *names] if single else names
-
     def _settings(self) -> Settings:
         return settings_of(self.get_params(deep=False))
 
@@ -235,6 +191,7 @@ class NeuralTensorCompletion(TensorRegressor):
         *,
         X_val: Any = None,
         y_val: Any = None,
+        side_information: Mapping[str, pd.DataFrame] | None = None,
         noise_std: Any = None,
         comm: Comm | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -255,10 +212,24 @@ class NeuralTensorCompletion(TensorRegressor):
             Validation rows: nothing is trained on them; they choose strengths, epochs, weights and the width of
             intervals. Default: folds of the training rows, one for each member; then all rows train some members, and
             predictions are better.
-        noise_std, checkpoint, checkpoint_every, resume
+        side_information : mapping of str to DataFrame, optional
+            What is known of the labels of some categorical modes: tables of numbers, strings, categories or truth
+            values, indexed by label. Labels that no training row has may be among them, and are then predicted by
+            their features; `unknown` flags them all the same.
+        noise_std
             Not supported.
         comm : Comm, optional
-            One rank.
+            The ranks that fit together, each with its own rows, validation rows among them; see
+            `probtensor.comm.world`. A fit depends on how many there are by rounding alone; long trainings amplify that
+            of single precision.
+        checkpoint : path-like, optional
+            Folder for the state of the training; SIGTERM writes it too, at the end of an epoch, and ends the process. A
+            fit of the same rows with the same parameters can go on from there, and ends with the same bits.
+        checkpoint_every : int, default 10
+            Epochs from one checkpoint to the next, of all ensembles in turn.
+        resume : bool, default False
+            Go on from the newest checkpoint in the folder, if there is one. What comes before and after the training of
+            networks is done again.
 
         Returns
         -------
@@ -272,7 +243,7 @@ class NeuralTensorCompletion(TensorRegressor):
         if (X_val is None) != (y_val is None):
             missing, given = ("X_val", "y_val") if X_val is None else ("y_val", "X_val")
             raise ValueError(f"{missing}: expected one with {given}, got None")
-        self._validation = None if X_val is None else (X_val, y_val)
+        self._given = None if X_val is None else (X_val, y_val), side_information
         try:
             return super().fit(
                 X,
@@ -285,64 +256,88 @@ class NeuralTensorCompletion(TensorRegressor):
                 resume=resume,
             )
         finally:
-            del self._validation
+            del self._given
 
     def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         settings = self._settings()
-        if comm.size > 1:
-            raise ValueError(f"comm: expected one rank, NeuralTensorCompletion fits on one only; got {comm.size}")
-        if checkpoints is not None:
-            raise ValueError("checkpoint: expected None, NeuralTensorCompletion writes no checkpoints")
         if table.precision is not None:
             raise ValueError("noise_std: expected None, NeuralTensorCompletion learns the noise; use sample_weight")
+        data = self._data(table, comm)
+        device = resolve_device(self.device)
+        with tqdm(desc="epochs", delay=SHOW_AFTER, disable=not (self.progress and comm.is_root)) as bar:
+
+            def report(name: str, epoch: int, loss: float) -> None:
+                gaussian = settings.likelihood == "gaussian"
+                shown = f"RMSE {math.sqrt(loss) * self.y_scale_:.4g}" if gaussian else f"deviance {loss:.4g}"
+                bar.set_postfix_str(f"{name}: {shown}", refresh=False)
+                bar.update()
+
+            generator = shared_generator(self.random_state, comm)
+            seed = int(torch.randint(2**62, (1,), generator=generator))
+            progress = Progress(checkpoints, seed, data, comm, device)
+            self._fitted = fit_completion(data, settings, device, report, comm, progress)
+
+    def _data(self, table: Table, comm: Comm) -> Data:
+        """Rows of this rank, and the validation rows that it was given."""
+        validation, side_information = self._given
         positions = table.positions.cpu().numpy()
         self._edges = bin_edges(self.axes_)
+        self._sides = refuse_together(comm, lambda: side_of(side_information, self.axes_))
+        check_the_same(self._sides, validation is not None, comm)
         encoded = [
             axis.coordinates[at] if isinstance(axis, ContinuousAxis) else at
             for axis, at in zip(self.axes_, positions.T, strict=True)
         ]
-        labels, smooth = self._encode(encoded)
+        of_labels = [side_codes(side, self._labels(side.mode))[positions[:, side.mode]] for side in self._sides]
+        labels, smooth = self._encode(encoded, of_labels)
         values = table.values.double().cpu().numpy()
+        refuse_together(comm, lambda: check_values(self.likelihood, values, "y"))
         weight = np.ones(len(values)) if table.count is None else table.count.double().cpu().numpy()
-        n_validation = 0
-        if self._validation is not None:
-            more = self._rows(*self._validation, "X_val", "y_val")
-            n_validation = len(more[2])
+        keys = distinct_keys(table.key.cpu().numpy(), weight)
+        own = np.ones(len(values), dtype=bool)
+        if validation is not None:
+            may_be_empty = comm.size > 1
+            more = refuse_together(comm, lambda: self._rows(*validation, "X_val", "y_val", may_be_empty))
+            n = len(more[2])
+            more_keys = row_keys(torch.from_numpy(more[0]), torch.from_numpy(more[2])).numpy()
             labels, smooth, values = (np.concatenate(pair) for pair in zip((labels, smooth, values), more, strict=True))
-            weight = np.append(weight, np.ones(n_validation))
-        device = resolve_device(self.device)
-        with tqdm(desc="epochs", delay=SHOW_AFTER, disable=not self.progress) as bar:
-
-            def report(name: str, epoch: int, loss: float) -> None:
-                bar.set_postfix_str(f"{name}: RMSE {math.sqrt(loss) * self.y_scale_:.4g}", refresh=False)
-                bar.update()
-
-            generator = make_generator(self.random_state)
-            self._fitted = fit_completion(
-                labels,
-                n_labels(self.axes_, self._edges),
-                smooth,
-                values,
-                weight,
-                n_validation,
-                settings,
-                generator,
-                device,
-                report,
+            weight, own, keys = (
+                np.append(weight, np.ones(n)),
+                np.append(own, np.zeros(n, bool)),
+                np.append(keys, more_keys),
             )
+        return Data(labels, n_labels(self.axes_, self._edges), self._sides, smooth, values, weight, keys, own)
 
-    def _encode(self, encoded: Sequence[npt.NDArray[Any]]) -> tuple[IntArray, FloatArray]:
-        return encode(self.axes_, self._edges, self._seen, encoded)
+    def _labels(self, mode: int) -> Any:
+        axis = self.axes_[mode]
+        assert isinstance(axis, CategoricalAxis)
+        return np.asarray(axis.labels, dtype=object)
 
-    def _rows(self, X: Any, y: Any, name: str, values_name: str) -> tuple[IntArray, FloatArray, FloatArray]:
+    def _encode(
+        self, encoded: Sequence[npt.NDArray[Any]], of_labels: Sequence[IntArray]
+    ) -> tuple[IntArray, FloatArray]:
+        """Labels and rows of the sides' tables (n, K + n_sides), smooth features and features of labels (n, q)."""
+        labels, smooth = encode(self.axes_, self._edges, self._seen, encoded)
+        codes = np.stack(of_labels, axis=1) if of_labels else labels[:, :0]
+        return np.append(labels, codes, axis=1), np.append(smooth, side_features(self._sides, codes), axis=1)
+
+    def _encode_where(self, where: Where) -> tuple[IntArray, FloatArray]:
+        columns = [where.table[self.axes_[side.mode].name] for side in self._sides]
+        of_labels = [side_codes(side, column) for side, column in zip(self._sides, columns, strict=True)]
+        return self._encode([column.cpu().numpy() for column in where.encoded], of_labels)
+
+    def _rows(
+        self, X: Any, y: Any, name: str, values_name: str, may_be_empty: bool = False
+    ) -> tuple[IntArray, FloatArray, FloatArray]:
         """Labels, smooth features and standardised values of rows that were given to the fitted axes."""
         where = Where(self.axes_, self._columns(X), torch.device("cpu"))
         values = np.array(to_cpu_array(y), dtype=np.float64)
         if values.shape != (len(where),):
             raise ValueError(f"{values_name}: expected shape ({len(where)},) as {name} has rows, got {values.shape}")
-        if not len(values) or not np.isfinite(values).all():
+        if not (len(values) or may_be_empty) or not np.isfinite(values).all():
             raise ValueError(f"{values_name}: expected finite values, at least one, got {values}")
-        labels, smooth = self._encode([column.numpy() for column in where.encoded])
+        check_values(str(self.likelihood), values, values_name)
+        labels, smooth = self._encode_where(where)
         return labels, smooth, (values - self.y_mean_) / self.y_scale_
 
     def influence(
@@ -363,7 +358,8 @@ class NeuralTensorCompletion(TensorRegressor):
         X, y : shape (n, K), (n,)
             Rows that are scored.
         X_query, y_query : shape (m, K), (m,)
-            Rows whose summed loss, half the squared error, is looked at; best rows that were held out.
+            Rows whose summed loss is looked at, half the squared error or the negative log-likelihood of other values;
+            best rows that were held out.
         parameters : {"all", "last"}, default "all"
             Of all of a network's parameters, or of the last layer's alone.
         preconditioner : MFAC or GaussNewton, optional
@@ -374,9 +370,10 @@ class NeuralTensorCompletion(TensorRegressor):
         Returns
         -------
         ndarray, shape (n,)
-            By how much a step of gradient descent on the row, of size one, lowers the loss, in the unit of y squared:
-            the mean over members, summed over `n_checkpoints` times of the training. Of the networks, by the weights
-            that they have among themselves in the prediction; the effects in closed form stay as they are.
+            By how much a step of gradient descent on the row, of size one, lowers the loss, in the unit of y squared,
+            or of log-likelihood: the mean over members, summed over `n_checkpoints` times of the training. Of the
+            networks, by the weights that they have among themselves in the prediction; the effects in closed form stay
+            as they are.
 
         Raises
         ------
@@ -403,9 +400,14 @@ class NeuralTensorCompletion(TensorRegressor):
         scores: FloatArray = found * self.y_scale_**2
         return scores if signed else np.abs(scores)
 
-    def _predictive(self, where: Where) -> NormalMixture:
-        labels, smooth = self._encode([column.cpu().numpy() for column in where.encoded])
+    def _location_scale(self) -> bool:
+        return self._settings().likelihood == "gaussian"
+
+    def _predictive(self, where: Where) -> Predictive:
+        labels, smooth = self._encode_where(where)
         mean, variance = moments(self._fitted, labels, smooth, bool(self.biases))
+        if self._fitted.spread is not None:
+            return discrete(self._fitted.likelihood, mean, variance, self._fitted.spread)
         mixture = self._fitted.mixture
         unit = np.sqrt(inflated(variance, mixture.inflation) + self._fitted.effects.noise_variance)
         return NormalMixture(mean, unit[:, None] * mixture.scales.numpy(), mixture.weights.numpy())
@@ -421,8 +423,10 @@ class NeuralTensorCompletion(TensorRegressor):
         """Arrays and JSON values that `from_state` makes the fitted model of."""
         arrays, meta = fitted_to_state(self._fitted)
         arrays |= {f"edges.{name}": torch.from_numpy(edges) for name, edges in self._edges.items()}
-        return arrays, {"params": self._params_state(), **meta}
+        of_sides, about = sides_to_state(self._sides)
+        return arrays | of_sides, {"params": self._params_state(), **meta, **about}
 
     def _restore(self, arrays: dict[str, Tensor], meta: dict[str, Any]) -> None:
         self._edges = {key[len("edges.") :]: v.numpy() for key, v in arrays.items() if key.startswith("edges.")}
+        self._sides = sides_from_state(arrays, meta)
         self._fitted = fitted_from_state(arrays, meta, resolve_device(self.device))

@@ -1,42 +1,45 @@
 """How neural tensor completion is fitted: effects, networks on top of them, and weights between the two kinds.
 
-Rows are dealt to folds. A member of an ensemble is trained on all folds but its own, which decides when it stops;
-predictions of rows by members that have not seen them choose the weights of the kinds and the width of intervals. Where
-the user has validation rows, they take the place of every member's fold, and all other rows train all members.
+Rows are dealt to folds by hashes of what they hold, so that it does not matter which rank has them. A member of an
+ensemble is trained on all folds but its own, which decides when it stops; predictions of rows by members that have not
+seen them choose the weights of the kinds and the width of intervals. Where the user has validation rows, they take the
+place of every member's fold, and all other rows train all members.
 
 A network on top of effects is trained on what effects leave of rows that these effects have not seen: effects of a
 row's own value would leave too little. So training rows are predicted by effects of the other rows, and neither holds
 a row of the member's own fold: what a member learns would otherwise know the held-out values, with the sign reversed.
 
-References
-----------
-Wolpert (1992), "Stacked generalization", Neural Networks 5. Breiman (1996), "Stacked regressions", Machine Learning
-24, for weights that are not negative.
+Binary values and counts go the same way with sums of log odds or logarithms; see `completion_links`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import nnls
-from torch import Tensor
 
-from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture, with_tail
+from probtensor.calibration import ScaleMixture
+from probtensor.comm import Comm
 from probtensor.models.completion_effects import (
+    Cells,
     Effects,
+    choose_feature_strengths,
     choose_strengths,
     fit_effects,
     number_cells,
     start_strengths,
     subsets_of,
 )
-from probtensor.models.completion_network import Kind, Parameters, Rows, fill_unknown, initial, predict, train
+from probtensor.models.completion_groups import Data, Group, Keeper, head_features, kinds_of, train_group
+from probtensor.models.completion_links import curvature, means
+from probtensor.models.completion_network import Kind, predict
 from probtensor.models.completion_settings import Settings
+from probtensor.models.completion_stacking import HeldOut, Spread
+from probtensor.models.completion_training import mixed
 
-__all__ = ["Fitted", "Group", "fit_completion", "head_features", "moments"]
+__all__ = ["Fitted", "fit_completion", "link_offset", "moments"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -44,37 +47,10 @@ Mask = npt.NDArray[np.bool_]
 
 N_FOLDS = 5  # where there are not more members
 MIN_ROWS = 30  # fewer are left to the effects
-LEAST_VARIANCE = 1e-12  # of the noise of standardised values
-
-
-class Group(NamedTuple):
-    """Members of one kind: those of the first weight decay, one a fold, then those of the next.
-
-    Attributes
-    ----------
-    name : str
-    kind : Kind
-    on_effects : bool
-        Whether they add to the effects; the head then has each effect among its inputs.
-    parameters : dict of str to Tensor, members first
-    best_epoch : tuple of int
-    history : Tensor, shape (epochs + 1, members)
-        Mean squared error of each member's rows held out, from the start on.
-    checkpoints : list of (parameters, rates)
-        Parameters before the best ones, and the learning rates (members,) there; see `Fit`.
-    """
-
-    name: str
-    kind: Kind
-    on_effects: bool
-    parameters: Parameters
-    best_epoch: tuple[int, ...]
-    history: Tensor
-    checkpoints: list[tuple[Parameters, Tensor]]
 
 
 class Fitted(NamedTuple):
-    """Everything that predicts standardised values.
+    """Everything that predicts standardised values, counts or binary values.
 
     Attributes
     ----------
@@ -84,7 +60,11 @@ class Fitted(NamedTuple):
     weights : ndarray, shape (C,)
         Of the effects if there are biases, then of each group's weight decays; they sum to one.
     mixture : ScaleMixture
+        Of Gaussian values' residuals.
     n_members : int
+    likelihood : str
+    spread : Spread, or None
+        Of other values.
     """
 
     effects: Effects
@@ -92,221 +72,155 @@ class Fitted(NamedTuple):
     weights: FloatArray
     mixture: ScaleMixture
     n_members: int
+    likelihood: str = "gaussian"
+    spread: Spread | None = None
 
 
 def fit_completion(
-    labels: IntArray,
-    sizes: Sequence[int],
-    smooth: FloatArray,
-    values: FloatArray,
-    weight: FloatArray,
-    n_validation: int,
+    data: Data,
     settings: Settings,
-    generator: torch.Generator,
     device: torch.device,
     report: Callable[[str, int, float], None],
+    comm: Comm,
+    progress: Keeper,
 ) -> Fitted:
-    """Fit to standardised values.
+    """Fit to the rows of all ranks.
 
     Parameters
     ----------
-    labels : ndarray, shape (n, K), int64
-        -1 where a validation row has a label that no training row has.
-    sizes : sequence of int
-        Labels of each mode.
-    smooth : ndarray, shape (n, q)
-        Smooth features of continuous modes.
-    values, weight : ndarray, shape (n,)
-    n_validation : int
-        So many rows at the end are the user's validation rows; 0: each member holds out a fold.
+    data : Data
+        Of this rank, which may have no rows.
     settings : Settings
-    generator : torch.Generator
-        On the CPU.
     device : torch.device
         Of the networks.
     report : callable
         Called with a group's name, the epoch and the members' mean loss.
+    comm : Comm
+    progress : Progress
+        Where to go on, and the seed of all that is random.
     """
-    n, M = len(values), settings.n_members
-    subsets = subsets_of(len(sizes)) if settings.biases and settings.interactions else subsets_of(2)[:0]
-    subsets = subsets or tuple((mode,) for mode in range(len(sizes)))
-    cells = [number_cells(labels, subset, sizes) for subset in subsets]
-    own = np.arange(n) < n - n_validation  # training rows
-    small = own.sum() < MIN_ROWS
+    labels, values, weight, own = data.labels, data.values, data.weight, data.own
+    n, M, likelihood = len(values), settings.n_members, settings.likelihood
+    gaussian, seed = likelihood == "gaussian", progress.seed
+    subsets, cells, sizes = cells_of(data, settings, comm)
+    n_own, n_validation = comm.sum(torch.tensor([int(own.sum()), int((~own).sum())])).tolist()
+    small = n_own < MIN_ROWS
     if n_validation:
         unseen = [~own]
     else:
-        fold = torch.randperm(n, generator=generator).numpy() % max(M, N_FOLDS)
+        fold = mixed(data.keys, seed) % max(M, N_FOLDS)
         unseen = [fold == m for m in range(M)]
-    strengths = start_strengths(subsets) if small else choose_strengths(cells, subsets, values, weight, unseen[0])
+    strengths = start_strengths(subsets, likelihood)
+    if not small:
+        strengths = choose_strengths(cells, subsets, values, weight, unseen[0], likelihood)
+    if data.sides and not small:
+        hidden = {}
+        for j, side in enumerate(data.sides):
+            part = mixed(labels[:, side.mode].copy(), seed + 1) % N_FOLDS
+            hidden[subsets.index((len(data.sizes) + j,))] = [(part == g) & own for g in range(N_FOLDS)]
+        strengths = choose_feature_strengths(cells, strengths, values, np.where(own, weight, 0.0), hidden, likelihood)
     live = [s for s, strength in enumerate(strengths) if math.isfinite(strength)]
     cells, strengths = [cells[s] for s in live], [strengths[s] for s in live]
 
-    def parts(held_out: Mask) -> tuple[FloatArray, FloatArray]:
-        """Each effect (rows held out, S) of the other rows, and their variance in multiples of the noise's."""
+    def parts(held_out: Mask) -> tuple[FloatArray, FloatArray, float]:
+        """Each effect (rows held out, S) of the other rows, their variance in multiples of the noise's; the first."""
         left = np.where(held_out, 0.0, weight)
-        found, _ = fit_effects(cells, values, left, strengths)
+        found, eta = fit_effects(cells, values, left, strengths, likelihood)
+        left = left * curvature(likelihood, means(likelihood, eta))
         pieces, variance = np.zeros((int(held_out.sum()), len(cells))), np.zeros(int(held_out.sum()))
         for s, (part, strength) in enumerate(zip(cells, strengths, strict=True)):
             code = part.code[held_out]
-            pieces[:, s] = found[s][code]
-            variance += 1 / (np.bincount(part.code, left, len(part.known))[code] + strength)
-        return pieces, variance
+            pieces[:, s] = part.of_cells(found[s])[code]
+            variance += part.variance(part.add(left), strength)[code]
+        return pieces, variance, 0.0 if gaussian else float(found[0][0])
 
     out = np.zeros(n, dtype=bool) if small else np.any(unseen, axis=0)  # rows that some member has not seen
     pieces, spread = np.zeros((len(unseen), n, len(cells)), dtype=np.float32), np.zeros(n)
     plain = np.zeros(n)
-    inner = torch.randperm(n, generator=generator).numpy() % N_FOLDS
+    inner = mixed(data.keys, seed + 2) % N_FOLDS
     for f, left_out in enumerate([] if small else unseen):
-        pieces[f, left_out], spread[left_out] = parts(left_out)
+        pieces[f, left_out], spread[left_out], intercept = parts(left_out)
         plain[left_out] = pieces[f, left_out].sum(axis=1)
+        if not gaussian:
+            pieces[f, ~left_out, 0] = intercept
         for g in range(N_FOLDS if settings.biases else 0):
             held_out = left_out | (inner == g)
             pieces[f, held_out & ~left_out] = parts(held_out)[0][~left_out[held_out]]
     candidates = [plain] if settings.biases else []
     groups = []
     if not small:
-        where = unseen, pieces, smooth, labels, values, weight
-        for name, on_effects, rank, head in _kinds(settings, len(sizes)):
-            n_features = (len(cells) if on_effects and head else 0) + (smooth.shape[1] if head else 0)
-            kind = Kind(tuple(sizes), rank, head, settings.width, settings.hidden, n_features)
-            group, found = _train(name, kind, on_effects, where, settings, generator, device, report)
+        for number, (name, on_effects, rank, head) in enumerate(kinds_of(settings, len(data.sizes))):
+            n_features = (len(cells) if on_effects and head else 0) + (data.smooth.shape[1] if head else 0)
+            kind = Kind(data.sizes, rank, head, settings.width, settings.hidden, n_features)
+            group, added = train_group(
+                number, name, kind, on_effects, data, unseen, pieces, settings, device, report, comm, progress
+            )
             groups.append(group)
-            candidates += found
+            candidates += added
     elif not candidates:
         candidates = [plain]
-    weights, stacked = _stack(candidates, values, weight, out)
     train_weight = np.where(own, weight, 0.0)
-    found, fitted = fit_effects(cells, values, train_weight, strengths)
+    found, fitted = fit_effects(cells, values, train_weight, strengths, likelihood)
     rows = own if small else out
-    residual = (values - (fitted if small else plain))[rows]
-    share = weight[rows] / weight[rows].sum()
-    noise = float(share @ residual**2 / (1 + share @ spread[rows]))
-    noise = max(float(share @ values[rows] ** 2) if small else noise, LEAST_VARIANCE)
-    totals = [np.bincount(part.code, train_weight, len(part.known)).astype(np.float64) for part in cells]
-    known = [part.known for part in cells]
-    effects = Effects(tuple(subsets[s] for s in live), tuple(sizes), known, found, totals, tuple(strengths), noise)
-    mixture = ScaleMixture(1.0, torch.ones(1).double(), torch.ones(1).double())
-    if not small:
-        mixture = _calibrate((values - stacked)[out], noise * spread[out], noise)
-    return Fitted(effects, groups, weights, mixture, M)
+    everywhere = [values, weight, spread, fitted if small else plain, mixed(data.keys, seed - 1) / 2.0**63, *candidates]
+    table = _gather(everywhere, rows, comm)
+    held_out = HeldOut(table[0], table[1], table[2], table[3], table[4], table[5:].T, small, n_own)
+    noise = held_out.noise() if gaussian else 1.0
+    bent = train_weight * curvature(likelihood, means(likelihood, fitted))
+    totals = [
+        part.add(bent) if part.design is None else 1 / part.variance(part.add(bent), strength) - strength
+        for part, strength in zip(cells, strengths, strict=True)
+    ]
+    found = [part.of_cells(effect) for part, effect in zip(cells, found, strict=True)]
+    chosen, known = tuple(subsets[s] for s in live), [part.known for part in cells]
+    effects = Effects(chosen, sizes, known, found, totals, tuple(strengths), noise)
+    weights, mixture, scatter = held_out.combine(noise, likelihood)
+    return Fitted(effects, groups, weights, mixture, M, likelihood, scatter)
+
+
+def cells_of(
+    data: Data, settings: Settings, comm: Comm
+) -> tuple[tuple[tuple[int, ...], ...], list[Cells], tuple[int, ...]]:
+    """Subsets of modes, an intercept first where there is one and then features; their cells; sizes of all columns."""
+    K = len(data.sizes)
+    subsets = subsets_of(K) if settings.biases and settings.interactions else subsets_of(2)[:0]
+    subsets = subsets or tuple((mode,) for mode in range(K))
+    of_sides = tuple((K + j,) for j in range(len(data.sides)))
+    subsets = (*(() if settings.likelihood == "gaussian" else ((),)), *of_sides, *subsets)
+    sizes = (*data.sizes, *(len(side.table) for side in data.sides))
+    cells = [
+        number_cells(data.labels, subset, sizes, comm)
+        if subset not in of_sides
+        else Cells(np.arange(sizes[subset[0]]), data.labels[:, subset[0]], data.sides[subset[0] - K].table, comm)
+        for subset in subsets
+    ]
+    return subsets, cells, sizes
+
+
+def _gather(columns: list[FloatArray], rows: Mask, comm: Comm) -> FloatArray:
+    """Columns (c, m) at some rows of all ranks."""
+    mine = np.stack(columns, axis=1)[rows]
+    parts = [np.frombuffer(data).reshape(-1, len(columns)) for data in comm.gather_bytes(mine.tobytes())]
+    return np.ascontiguousarray(np.concatenate(parts).T)
 
 
 def moments(fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool) -> tuple[FloatArray, FloatArray]:
-    """Mean of standardised values at labels (n, K), -1 for unknown ones, and variance of the noise-free entries."""
+    """Predictors (n,) at labels (n, K + n_sides), -1 for unknown ones, and the variances of these (n,)."""
     pieces, variance = fitted.effects.pieces(labels)
     plain = pieces.sum(axis=1)
     candidates = [plain] if biases or not fitted.groups else []
     for group in fitted.groups:
         device = group.parameters["bias"].device
         features = head_features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
-        added = predict(group.kind, group.parameters, torch.from_numpy(labels).to(device), features)
-        means = added.double().cpu().numpy().reshape(-1, fitted.n_members, len(labels)).mean(axis=1)
-        candidates += [mean + plain if group.on_effects else mean for mean in means]
+        at = torch.from_numpy(labels[:, : len(group.kind.sizes)]).to(device)
+        added = predict(group.kind, group.parameters, at, features)
+        averaged = added.double().cpu().numpy().reshape(-1, fitted.n_members, len(labels)).mean(axis=1)
+        candidates += list(averaged + link_offset(fitted, group, pieces))
     return fitted.weights @ np.stack(candidates), variance
 
 
-def _kinds(settings: Settings, n_modes: int) -> list[tuple[str, bool, int, str | None]]:
-    """Name, whether on effects, rank and head of each kind of member."""
-    rank = settings.rank if n_modes > 1 else 0
-    kinds: list[tuple[str, bool, int, str | None]] = []
-    if settings.biases and rank:
-        kinds.append(("effects + factors", True, rank, None))
-    if settings.biases and settings.head is not None:
-        kinds.append(("effects + network", True, rank, settings.head))
-    if settings.head is not None or not settings.biases or rank:
-        kinds.append(("network" if settings.head is not None else "factors", False, rank, settings.head))
-    return kinds
-
-
-def head_features(
-    kind: Kind, on_effects: bool, pieces: npt.NDArray[np.float32], smooth: FloatArray, device: torch.device
-) -> Tensor | None:
-    """Inputs of the head (F, n, n_features): effects, smooth features."""
-    if not kind.n_features:
-        return None
-    parts = [pieces] if on_effects else []
-    if smooth.shape[1]:
-        parts.append(np.broadcast_to(smooth.astype(np.float32), (len(pieces), *smooth.shape)))
-    return torch.from_numpy(np.concatenate(parts, axis=2)).to(device)
-
-
-def _train(
-    name: str,
-    kind: Kind,
-    on_effects: bool,
-    where: tuple[list[Mask], npt.NDArray[np.float32], FloatArray, IntArray, FloatArray, FloatArray],
-    settings: Settings,
-    generator: torch.Generator,
-    device: torch.device,
-    report: Callable[[str, int, float], None],
-) -> tuple[Group, list[FloatArray]]:
-    """Members of one kind, and what those of each weight decay predict of the rows that they have not seen, (n,)."""
-    unseen, pieces, smooth, labels, values, weight = where
-    F, M, n, decays = len(unseen), settings.n_members, len(values), settings.weight_decay
-    offset = pieces.sum(axis=2, dtype=np.float64) if on_effects else np.zeros((F, n))
-    features = head_features(kind, on_effects, pieces, smooth, device)
-    rows = Rows(
-        torch.from_numpy(labels).to(device),
-        features,
-        torch.from_numpy((values - offset).astype(np.float32)).to(device),
-        torch.from_numpy(weight.astype(np.float32)).to(device),
-    )
-    train_rows, test_rows = [np.flatnonzero(~part) for part in unseen], [np.flatnonzero(part) for part in unseen]
-    fewest, most = min(map(len, train_rows)), max(map(len, test_rows))
-    # Folds differ by a row at most: members with one more leave it out.
-    train_index = torch.from_numpy(np.stack([part[:fewest] for part in train_rows]))
-    test_index = torch.from_numpy(np.stack([np.append(part, np.full(most - len(part), -1)) for part in test_rows]))
-    copies = M * len(decays) // F
-    parameters = initial(kind, F * copies, generator, torch.float32)
-    fit = train(
-        kind,
-        {key: value.to(device) for key, value in parameters.items()},
-        rows,
-        train_index.repeat(copies, 1).to(device),
-        test_index.repeat(copies, 1).to(device),
-        torch.tensor(decays, dtype=torch.float32).repeat_interleave(M).to(device),
-        generator,
-        learning_rate=settings.learning_rate,
-        batch_size=settings.batch_size,
-        max_epochs=settings.max_epochs,
-        patience=settings.patience,
-        n_checkpoints=settings.n_checkpoints - 1,
-        report=lambda epoch, loss: report(name, epoch, loss),
-    )
-    seen = torch.zeros(F, sum(s + 1 for s in kind.sizes), dtype=torch.bool)
-    first = np.cumsum([0, *(s + 1 for s in kind.sizes)])[:-1]
-    for f in range(F):
-        seen[f, torch.from_numpy((labels[train_rows[f]] + first).ravel())] = True
-    filled = fill_unknown(kind, fit.parameters, seen.repeat(copies, 1).to(device))
-    added = np.zeros((len(decays), n))
-    for f, at in enumerate(test_rows):
-        of_fold = {key: value[f::F] for key, value in filled.items()}
-        inputs = None if features is None else features[f : f + 1, torch.from_numpy(at).to(device)]
-        found = predict(kind, of_fold, rows.labels[torch.from_numpy(at).to(device)], inputs).double().cpu().numpy()
-        added[:, at] = found.reshape(len(decays), -1, len(at)).mean(axis=1) + offset[f, at]
-    group = Group(name, kind, on_effects, filled, tuple(fit.epoch.tolist()), fit.history.cpu(), fit.checkpoints)
-    return group, list(added)
-
-
-def _stack(
-    candidates: list[FloatArray], values: FloatArray, weight: FloatArray, out: Mask
-) -> tuple[FloatArray, FloatArray]:
-    """Weights that are not negative and sum to one, of least squared error on rows held out; and what they predict."""
-    if not out.any() or len(candidates) == 1 or not values[out].any():
-        return np.eye(len(candidates))[0], candidates[0]
-    design, root = np.stack(candidates, axis=1)[out], np.sqrt(weight[out])
-    heavy = 1e3 * np.linalg.norm(root)  # of the row that says that weights sum to one
-    left = np.vstack([root[:, None] * design, np.full(len(candidates), heavy)])
-    weights = nnls(left, np.append(root * values[out], heavy))[0]
-    weights = weights / weights.sum()
-    return weights, np.stack(candidates, axis=1) @ weights
-
-
-def _calibrate(residual: FloatArray, latent: FloatArray, noise: float) -> ScaleMixture:
-    """Scales of the residuals; one scale where they are few."""
-    parts = torch.from_numpy(residual), torch.from_numpy(latent), torch.full((len(residual),), noise).double()
-    if len(residual) < MIN_RESIDUALS:
-        scale = math.sqrt(max(float((parts[0] ** 2 / (parts[1] + parts[2])).mean()), LEAST_VARIANCE))
-        return ScaleMixture(1.0, torch.tensor([scale]).double(), torch.ones(1).double())
-    return with_tail(fit_scale_mixture(*parts), len(residual))
+def link_offset(fitted: Fitted, group: Group, pieces: FloatArray) -> FloatArray:
+    """What the members of a group add to, (n,): the effects, an intercept or nothing."""
+    if group.on_effects:
+        return np.asarray(pieces.sum(axis=1))
+    return np.zeros(len(pieces)) if fitted.likelihood == "gaussian" else pieces[:, 0]

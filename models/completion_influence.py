@@ -6,6 +6,7 @@ Oh, Kim, Rossi, Kumar (2021), "Influence-guided Data Augmentation for Neural Ten
 influences summed over checkpoints of the training.
 """
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from probtensor.inference.influence import Preconditioner, influence
-from probtensor.models.completion_fit import Fitted, Group, head_features
+from probtensor.models.completion_fit import Fitted, link_offset
+from probtensor.models.completion_groups import Group, head_features
+from probtensor.models.completion_links import inverse_link
 from probtensor.models.completion_network import Kind, Parameters, before_output, output_name, places
 
 __all__ = ["Member", "row_influence"]
@@ -33,12 +36,17 @@ class Member(nn.Module):
         Without the members' dimension.
     labels : Tensor, shape (n, K), int64
     features : Tensor, shape (n, n_features), or None
+    offset : Tensor, shape (n,), or None
+        What the member adds to, where the likelihood is not Gaussian.
     """
 
     labels: Tensor
     features: Tensor | None
+    offset: Tensor | None
 
-    def __init__(self, kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor | None) -> None:
+    def __init__(
+        self, kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor | None, offset: Tensor | None = None
+    ) -> None:
         super().__init__()
         self._kind = kind
         last = output_name(kind)
@@ -48,15 +56,16 @@ class Member(nn.Module):
             self.output.weight = nn.Parameter(parameters[last].T)
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("features", features, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """What the member adds to the offset, (n,), at the rows of these numbers (n,)."""
+        """What the member adds to the offset, or with a known offset the sum, (n,), at rows of these numbers (n,)."""
         own = {name: value[None] for name, value in self.own.items()}
         features = None if self.features is None else self.features[rows][None]
         out, hidden = before_output(self._kind, own, places(self._kind, self.labels[rows], 1), features)
         if hidden is not None:
             out = out + self.output(hidden).squeeze(-1)
-        return out[0]
+        return out[0] if self.offset is None else out[0] + self.offset[rows]
 
 
 def member_state(kind: Kind, parameters: Parameters, number: int) -> Parameters:
@@ -87,10 +96,10 @@ def row_influence(
     Parameters
     ----------
     fitted : Fitted
-    labels : ndarray, shape (n, K), int64
+    labels : ndarray, shape (n, K + n_sides), int64
     smooth : ndarray, shape (n, q)
     values : ndarray, shape (n,)
-        Standardised.
+        Standardised where they are Gaussian.
     n_query : int
     biases : bool
         Whether the first weight is that of the effects.
@@ -105,15 +114,25 @@ def row_influence(
     weights, total, first = weights / weights.sum(), np.zeros(n - n_query), 0
     for group in fitted.groups:
         device = group.parameters["bias"].device
-        at = torch.from_numpy(labels).to(device)
+        at = torch.from_numpy(labels[:, : len(group.kind.sizes)]).to(device)
         features = head_features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
-        left = values - pieces.sum(axis=1) if group.on_effects else values
+        added_to, offset = link_offset(fitted, group, pieces), None
+        left = values - added_to
+        if fitted.likelihood != "gaussian":
+            left, offset = values, torch.from_numpy(added_to.astype(np.float32)).to(device)
         target = torch.from_numpy(left.astype(np.float32)).to(device)
         for number in range(len(group.best_epoch)):
             weight = weights[first + number // M] / M
             if weight > 0:
                 found = _member_influence(
-                    group, number, at, features, target, n_query, parameters=parameters, preconditioner=preconditioner
+                    group,
+                    number,
+                    (at, features, offset),
+                    target,
+                    n_query,
+                    fitted.likelihood,
+                    parameters=parameters,
+                    preconditioner=preconditioner,
                 )
                 total += weight * found.double().cpu().numpy()
         first += len(group.best_epoch) // M
@@ -123,16 +142,17 @@ def row_influence(
 def _member_influence(
     group: Group,
     number: int,
-    labels: Tensor,
-    features: Tensor | None,
+    where: tuple[Tensor, Tensor | None, Tensor | None],
     target: Tensor,
     n_query: int,
+    likelihood: str,
     *,
     parameters: Literal["last", "all"],
     preconditioner: Preconditioner | None,
 ) -> Tensor:
     own = {name: value[number] for name, value in group.parameters.items()}
-    member = Member(group.kind, own, labels, None if features is None else features[0])
+    labels, features, offset = where
+    member = Member(group.kind, own, labels, None if features is None else features[0], offset)
     rows = torch.arange(len(target), device=target.device)
     n = len(target) - n_query
     earlier = [
@@ -149,4 +169,5 @@ def _member_influence(
         parameters=parameters,
         preconditioner=preconditioner,
         checkpoints=[*earlier, (final, rate)],
+        inverse_link=None if likelihood == "gaussian" else partial(inverse_link, likelihood),
     )

@@ -6,18 +6,15 @@ A member predicts
 
 on top of an offset: effects of labels, interactions of rank ``R`` between any number of modes (with two modes this is
 plain matrix factorization), and a network of embeddings. Biases, gates ``g`` and the network's last layer start at
-zero, so that a member starts at the offset. One optimiser trains all members, each on rows of its own and with its
-own weight decay; nothing couples them, so they are what a loop over members would give.
+zero, so that a member starts at the offset.
 
 References
 ----------
 Liu, Li, Tsang, Liu (2019), "CoSTCo: A Neural Tensor Completion Model for Sparse Tensors", KDD. Rendle (2010),
-"Factorization Machines", ICDM, for interactions without main effects. Loshchilov, Hutter (2019), "Decoupled Weight
-Decay Regularization", ICLR.
+"Factorization Machines", ICDM, for interactions without main effects.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -25,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from probtensor.models.completion_links import deviances
+
 __all__ = [
-    "Fit",
+    "Batch",
     "Kind",
     "Rows",
     "before_output",
@@ -36,14 +35,11 @@ __all__ = [
     "output_name",
     "places",
     "predict",
-    "train",
+    "row_losses",
 ]
 
 Parameters = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor | None, Tensor, Tensor]  # labels, features, targets, weights
 
-WARM_UP = 0.1  # share of the steps in which the learning rate rises
-BETAS, EPS = (0.9, 0.999), 1e-8
 CHUNK = 2**24  # numbers in the largest temporary of a prediction
 
 
@@ -73,18 +69,14 @@ class Kind(NamedTuple):
     n_features: int = 0
 
 
-class Fit(NamedTuple):
-    """Best parameters of each member; tensors (M,) of their epochs and losses, and the losses (epochs + 1, M).
+class Batch(NamedTuple):
+    """Rows of each member: labels (M, B, K), features (M, B, q), targets, weights and offsets (M, B)."""
 
-    Checkpoints are parameters before the best ones, and the learning rate (M,) that they had; 0 for members whose best
-    epoch had come.
-    """
-
-    parameters: Parameters
-    epoch: Tensor
-    loss: Tensor
-    history: Tensor
-    checkpoints: list[tuple[Parameters, Tensor]]
+    labels: Tensor
+    features: Tensor | None
+    target: Tensor
+    weight: Tensor
+    offset: Tensor | None = None
 
 
 def initial(kind: Kind, n_members: int, generator: torch.Generator, dtype: torch.dtype) -> Parameters:
@@ -204,140 +196,29 @@ def predict(kind: Kind, parameters: Parameters, labels: Tensor, features: Tensor
 class Rows(NamedTuple):
     """Training rows: labels (n, K), features (F, n, n_features) or None, targets (F, n), weights (n,).
 
-    Member ``m`` has the features and targets of fold ``m % F``.
+    Member ``m`` has the features, targets and offsets of fold ``m % F``. Gaussian targets are what the offset leaves;
+    with another likelihood targets are the values, and `offset` (F, n) is added to what members predict.
     """
 
     labels: Tensor
     features: Tensor | None
     target: Tensor
     weight: Tensor
+    offset: Tensor | None = None
+    likelihood: str = "gaussian"
 
     def take(self, rows: Tensor) -> Batch:
         """The rows (M, B) of each member."""
         fold = (torch.arange(len(rows), device=rows.device) % len(self.target))[:, None]
         features = None if self.features is None else self.features[fold, rows]
-        return self.labels[rows], features, self.target[fold, rows], self.weight[rows]
+        offset = None if self.offset is None else self.offset[fold, rows]
+        return Batch(self.labels[rows], features, self.target[fold, rows], self.weight[rows], offset)
 
 
-def train(
-    kind: Kind,
-    parameters: Parameters,
-    rows: Rows,
-    train_rows: Tensor,
-    test_rows: Tensor,
-    weight_decay: Tensor,
-    generator: torch.Generator,
-    *,
-    learning_rate: float,
-    batch_size: int,
-    max_epochs: int,
-    patience: int,
-    n_checkpoints: int = 0,
-    report: Callable[[int, float], None] | None = None,
-) -> Fit:
-    """Train all members; each keeps the parameters of its best epoch, which may be the start.
-
-    Parameters
-    ----------
-    kind : Kind
-    parameters : dict of str to Tensor, members first
-        Left as they are.
-    rows : Rows
-    train_rows, test_rows : Tensor, shape (M, n_train), (M, n_test), int64
-        Numbers of each member's rows; -1 in `test_rows` is none.
-    weight_decay : Tensor, shape (M,)
-        Decoupled, in multiples of the learning rate.
-    generator : torch.Generator
-        Of the order of rows, on the CPU.
-    learning_rate : float
-        The highest; it rises at first and falls with the cosine.
-    batch_size, max_epochs, patience : int
-        A fit ends when no member has become better for `patience` epochs.
-    n_checkpoints : int, default 0
-        Epochs, evenly spaced, whose parameters are kept.
-    report : callable, optional
-        Called with the epoch and the mean of the members' best losses.
-
-    Returns
-    -------
-    Fit
-    """
-    device, M = rows.target.device, len(weight_decay)
-    parameters = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in parameters.items()}
-    best = {name: value.detach().clone() for name, value in parameters.items()}
-    loss = validation_loss(kind, parameters, rows, test_rows)
-    best_loss, best_epoch, history = loss, torch.zeros(M, dtype=torch.int64, device=device), [loss]
-    n = train_rows.shape[1]
-    n_batches = max(n // batch_size, 1)
-    n_steps, step = max_epochs * n_batches, 0
-    kept = set(torch.linspace(0, max_epochs, n_checkpoints + 2).round().int().tolist()[1:-1])
-    checkpoints: list[tuple[int, Parameters, float]] = []
-    for epoch in range(1, max_epochs + 1):
-        order = torch.stack([torch.randperm(n, generator=generator) for _ in range(M)]).to(device)
-        shuffled = train_rows.gather(1, order)
-        for batch in shuffled.tensor_split(n_batches, dim=1):
-            step += 1
-            rise, fall = step / (WARM_UP * n_steps), 0.5 * (1 + math.cos(math.pi * step / n_steps))
-            adam_step(kind, parameters, moments, rows.take(batch), step, learning_rate * min(rise, fall), weight_decay)
-        loss = validation_loss(kind, parameters, rows, test_rows)
-        history.append(loss)
-        better = loss < best_loss
-        best_loss, best_epoch = torch.where(better, loss, best_loss), best_epoch.masked_fill(better, epoch)
-        if better.any():
-            for name, value in parameters.items():
-                best[name][better] = value.detach()[better]
-        if report is not None:
-            report(epoch, float(best_loss.mean()))
-        if epoch in kept:
-            now = {name: value.detach().clone() for name, value in parameters.items()}
-            checkpoints.append((epoch, now, learning_rate * min(rise, fall)))
-        if epoch - int(best_epoch.max()) >= patience:
-            break
-    before = [(now, torch.where(best_epoch > epoch, rate, 0.0)) for epoch, now, rate in checkpoints]
-    used = [(now, rate) for now, rate in before if rate.any()]
-    return Fit(best, best_epoch, best_loss, torch.stack(history), used)
-
-
-def adam_step(
-    kind: Kind,
-    parameters: Parameters,
-    moments: dict[str, tuple[Tensor, Tensor]],
-    batch: Batch,
-    step: int,
-    rate: float,
-    weight_decay: Tensor,
-) -> None:
-    """One step of AdamW on the sum of the members' mean squared errors, in place."""
-    labels, features, target, weight = batch
-    off = target - forward(kind, parameters, places(kind, labels, len(target)), features)
-    loss = ((weight * off**2).sum(dim=1) / weight.sum(dim=1)).sum()
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
-    with torch.no_grad():
-        for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
-            first, second = moments[name]
-            first.lerp_(gradient, 1 - BETAS[0])
-            second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-            value.mul_(1 - rate * weight_decay[:, None, None])
-            scale = (second / (1 - BETAS[1] ** step)).sqrt_().add_(EPS)
-            value.addcdiv_(first, scale, value=-rate / (1 - BETAS[0] ** step))
-
-
-@torch.no_grad()
-def validation_loss(kind: Kind, parameters: Parameters, rows: Rows, test_rows: Tensor) -> Tensor:
-    """Weighted mean squared error (M,) of each member on its rows, all of them."""
-    at = test_rows.clamp(min=0)
-    M = len(at)
-    square, total = rows.target.new_zeros(M), rows.target.new_zeros(M)
-    step = max(CHUNK // (M * 512), 1)
-    for first in range(0, at.shape[1], step):
-        part = slice(first, first + step)
-        valid = test_rows[:, part] >= 0
-        labels, features, target, weight = rows.take(at[:, part])
-        off = target - forward(kind, parameters, places(kind, labels, M), features)
-        weight = weight * valid
-        square, total = square + (weight * off**2).sum(dim=1), total + weight.sum(dim=1)
-    return square / total.clamp(min=torch.finfo(total.dtype).tiny)
+def row_losses(kind: Kind, parameters: Parameters, batch: Batch, likelihood: str = "gaussian") -> Tensor:
+    """Deviance of each row of a batch, (M, B); the squared error of Gaussian values."""
+    eta = forward(kind, parameters, places(kind, batch.labels, len(batch.target)), batch.features)
+    return deviances(likelihood, eta if batch.offset is None else eta + batch.offset, batch.target)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from probtensor.models.completion_links import LIKELIHOODS
 from probtensor.resources import is_integer, is_number
 
 __all__ = ["Settings", "settings_of"]
@@ -29,6 +30,7 @@ class Settings(NamedTuple):
     max_epochs: int
     patience: int
     n_checkpoints: int
+    likelihood: str
 
 
 def settings_of(params: Mapping[str, Any]) -> Settings:
@@ -51,6 +53,8 @@ def settings_of(params: Mapping[str, Any]) -> Settings:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
     if params["head"] not in HEADS:
         raise ValueError(f'head: expected "mlp", "costco" or None, got {params["head"]!r}')
+    if params["likelihood"] not in LIKELIHOODS:
+        raise ValueError(f'likelihood: expected "gaussian", "bernoulli" or "poisson", got {params["likelihood"]!r}')
     layers: Any = params["hidden"]
     hidden: list[Any] = list(layers) if np.iterable(layers) else []
     if not hidden or not all(is_integer(width) and width >= 1 for width in hidden):
@@ -77,4 +81,5 @@ def settings_of(params: Mapping[str, Any]) -> Settings:
         int(params["max_epochs"]),
         int(params["patience"]),
         int(params["n_checkpoints"]),
+        params["likelihood"],
     )

@@ -85,21 +85,23 @@ class Where:
 
     Attributes
     ----------
+    table : DataFrame, shape (n, K)
+        As they were asked for.
     encoded : list of Tensor, shape (n,)
         One a mode: coordinates of a continuous mode, positions (-1: unknown) of a categorical one.
     """
 
     def __init__(self, axes: Sequence[Axis], table: pd.DataFrame, device: torch.device) -> None:
-        self._axes, self._table = axes, table
+        self._axes, self.table = axes, table
         self.encoded = [torch.as_tensor(np.array(axis.encode(table[axis.name])), device=device) for axis in axes]
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     @cached_property
     def positions(self) -> Tensor:
         """Positions (n, K) among the training coordinates, int64; -1 where a coordinate is none of them."""
-        columns = [torch.from_numpy(np.array(axis.positions(self._table[axis.name]))) for axis in self._axes]
+        columns = [torch.from_numpy(np.array(axis.positions(self.table[axis.name]))) for axis in self._axes]
         return torch.stack(columns, dim=1).to(self.encoded[0].device)
 
 

@@ -19,7 +19,8 @@ import probtensor as pt
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.models import NeuralTensorCompletion
 from probtensor.models.completion_effects import choose_strengths, fit_effects, number_cells, subsets_of
-from probtensor.models.completion_network import Kind, Rows, adam_step, fill_unknown, forward, initial, places, train
+from probtensor.models.completion_network import Batch, Kind, Rows, fill_unknown, forward, initial, places
+from probtensor.models.completion_training import adam_step, train
 
 QUICK = {"rank": 2, "hidden": (8,), "embedding": 4, "max_epochs": 2, "n_members": 2, "random_state": 0}
 QUICK |= {"progress": False, "device": "cpu"}
@@ -262,12 +263,10 @@ def test_bad_parameters_are_named(name, value):
         NeuralTensorCompletion(**QUICK | {name: value}).fit(X[:50], Y[:50])
 
 
-def test_what_is_not_supported_is_refused_by_name(tmp_path):
+def test_what_is_not_supported_is_refused_by_name():
     model = NeuralTensorCompletion(**QUICK)
     with pytest.raises(ValueError, match=r"^noise_std: expected None"):
         model.fit(X[:50], Y[:50], noise_std=np.ones(50))
-    with pytest.raises(ValueError, match=r"^checkpoint: expected None"):
-        model.fit(X[:50], Y[:50], checkpoint=tmp_path / "folder")
     with pytest.raises(ValueError, match=r"^y: expected"):
         model.fit(X[:50], np.full(50, np.nan))
     with pytest.raises(NotFittedError):
@@ -322,7 +321,7 @@ def test_members_trained_together_are_those_of_a_loop(head):
         alone.append(own)
     together = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in together.items()}
-    adam_step(kind, together, moments, (labels, features, target, weight), 1, rate, decay)
+    adam_step(kind, together, moments, Batch(labels, features, target, weight), 1, rate, decay)
     for name, value in together.items():
         torch.testing.assert_close(value, torch.stack([own[name] for own in alone]), rtol=0, atol=1e-5)
 
@@ -334,9 +333,9 @@ def test_the_best_epoch_may_be_the_start_and_its_parameters_come_back():
     labels = torch.randint(0, 5, (40, 2), generator=generator)
     target = torch.cat([torch.ones(30), -torch.ones(10)]).double().expand(2, -1)
     rows = Rows(labels, None, target, torch.ones(40).double())
-    train_rows, test_rows = torch.arange(30).expand(2, -1), torch.arange(30, 40).expand(2, -1)
+    train_rows, test_rows = [np.arange(30)] * 2, torch.arange(30, 40).expand(2, -1)
     how = {"learning_rate": 0.1, "batch_size": 10, "max_epochs": 9, "patience": 3}
-    fit = train(kind, parameters, rows, train_rows, test_rows, torch.zeros(2), generator, **how)
+    fit = train(kind, parameters, rows, np.arange(40), train_rows, test_rows, torch.zeros(2), **how)
     assert fit.epoch.tolist() == [0, 0]
     assert len(fit.history) == 4
     for name, value in parameters.items():
