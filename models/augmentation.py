@@ -78,7 +78,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     predictor : estimator or "self", optional
         What gives the new cells their values: an estimator that is fitted to the training cells (in sklearn's
         ``FrozenEstimator``, a fitted one stays as it is), or the trained `estimator` itself, as in the paper.
-        Default: effects of labels and their combinations, ``NeuralTensorCompletion(head=None, rank=0)``.
+        Default: effects of labels and their combinations, and factors, ``NeuralTensorCompletion(head=None)``.
     keep : {"weighted", "if_better", "always"}, default "weighted"
         The prediction: a weighted mean of the two models, its weight that of least squared error on the validation
         cells; that of the second if it is better on them, else that of the first; or that of the second.
@@ -269,7 +269,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         if len(new):
             predictor = self.estimator_
             if self.predictor != "self":
-                effects = NeuralTensorCompletion(head=None, rank=0, progress=False)
+                effects = NeuralTensorCompletion(head=None, progress=False)
                 chosen = effects if self.predictor is None else self.predictor
                 predictor = fitted_clone(chosen, rng, table, values, weight, validation)
             self.y_augmented_ = np.asarray(predictor.predict(self.X_augmented_), dtype=np.float64)

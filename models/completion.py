@@ -48,15 +48,16 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
     """Completion of a tensor by effects of labels and their combinations, factors, and ensembles of networks.
 
     Candidates from plain to rich are fitted side by side: effects of labels, pairs and triples of labels, shrunk in
-    closed form; effects and factors; effects, factors and a network that has the effects among its inputs; and a
-    network with biases and factors of its own. Each kind is an ensemble whose members leave out a part of the rows
-    each, and stop by it. Predictions of rows by members that have not seen them choose the candidates' weights and the
-    width of intervals. So one setting serves tables in which labels add up, and others in which they interact.
+    closed form; products of factors of pairs of modes, by alternating ridge regression (real values alone); effects and
+    factors; effects, factors and a network that has the effects among its inputs; and a network with biases and factors
+    of its own. What is trained is an ensemble whose members leave out a part of the rows each, and stop by it.
+    Predictions of rows by what has not seen them choose the candidates' weights and the width of intervals. So one
+    setting serves tables in which labels add up, and others in which they interact.
 
     Parameters
     ----------
     rank : int, default 8
-        Factors of each mode, for interactions of any number of modes; 0 for none.
+        Factors of each mode, for interactions of any number of modes; 0 for none, not of pairs either.
     head : {"mlp", "costco", None}, default "mlp"
         Network over the modes' embeddings: a perceptron, CoSTCo's convolutions, or none.
     likelihood : {"gaussian", "bernoulli", "poisson"}, default "gaussian"
@@ -69,7 +70,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
     biases : bool, default True
         Whether there are effects of labels in closed form, beside those that networks learn.
     interactions : bool, default True
-        Whether pairs and triples of labels have effects too (pairs only, with six modes or more).
+        Whether pairs and triples of labels have effects too (pairs only, with six modes or more), and pairs factors.
     embedding : int, default 16
         Numbers that the network knows of each label.
     hidden : sequence of int, default (128, 64)
@@ -101,6 +102,8 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         Weight of each candidate in the mean; they sum to one.
     strengths_ : dict of tuple of str to float
         Shrinkage of the effects of each subset of modes, in rows; subsets that did not help are left out.
+    pair_strengths_ : dict of tuple of str to float
+        Shrinkage of the factors of each pair of modes, in rows; pairs that did not help are left out.
     best_epochs_ : dict of str to tuple of int
         Of each candidate's members; 0 is the start.
     validation_rmse_ : dict of str to ndarray, shape (epochs + 1, n_members)
@@ -393,7 +396,6 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
             smooth,
             values,
             len(query[2]),
-            bool(self.biases),
             parameters=parameters,
             preconditioner=preconditioner,
         )
@@ -405,12 +407,13 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
 
     def _predictive(self, where: Where) -> Predictive:
         labels, smooth = self._encode_where(where)
-        mean, variance = moments(self._fitted, labels, smooth, bool(self.biases))
+        mean, variance, strange = moments(self._fitted, labels, smooth, bool(self.biases))
         if self._fitted.spread is not None:
-            return discrete(self._fitted.likelihood, mean, variance, self._fitted.spread)
+            return discrete(self._fitted.likelihood, mean, variance, self._fitted.spread, strange)
         mixture = self._fitted.mixture
-        unit = np.sqrt(inflated(variance, mixture.inflation) + self._fitted.effects.noise_variance)
-        return NormalMixture(mean, unit[:, None] * mixture.scales.numpy(), mixture.weights.numpy())
+        unit = inflated(variance, mixture.inflation) + self._fitted.effects.noise_variance
+        scales = np.sqrt(unit[:, None] * mixture.scales.numpy() ** 2 + strange[:, None])
+        return NormalMixture(mean, scales, mixture.weights.numpy())
 
     def _draw(self, where: Where, n_samples: int, generator: torch.Generator) -> Tensor:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))

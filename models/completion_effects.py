@@ -126,20 +126,25 @@ class Effects(NamedTuple):
     strengths: tuple[float, ...]
     noise_variance: float
 
-    def pieces(self, positions: IntArray) -> tuple[FloatArray, FloatArray]:
-        """Each effect (n, S) at positions (n, K), -1 for an unknown label, and the variance (n,) of their sum."""
+    def pieces(self, positions: IntArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Each effect (n, S) at positions (n, K), -1 for an unknown label, and variances (n,) of their sum.
+
+        The first variance is that of cells of known labels, the second that of what unknown labels bring.
+        """
         found, variance = np.zeros((len(positions), len(self.subsets))), np.zeros(len(positions))
+        strange = np.zeros(len(positions))
         for s, (subset, known, strength) in enumerate(zip(self.subsets, self.known, self.strengths, strict=True)):
             number = _numbers(positions, subset, self.sizes)
             at = np.searchsorted(known, number).clip(max=len(known) - 1)
             seen = (known[at] == number) & (number >= 0)
             found[:, s] = np.where(seen, self.effects[s][at], 0.0)
             prior = self.noise_variance / strength
+            weight = np.where(seen, self.weights[s][at], 0.0)
+            variance += np.where(number >= 0, self.noise_variance / (weight + strength), 0.0)
             if len(subset) == 1:  # where labels have many rows, held-out rows hardly tell strengths apart
                 prior = max(prior, float(np.mean(self.effects[s] ** 2)))
-            weight = np.where(seen, self.weights[s][at], 0.0)
-            variance += np.where(seen, self.noise_variance / (weight + strength), prior)
-        return found, variance
+            strange += np.where(number < 0, prior, 0.0)
+        return found, variance, strange
 
 
 def subsets_of(n_modes: int) -> tuple[tuple[int, ...], ...]:

@@ -13,6 +13,7 @@ from probtensor.models.completion_effects import Effects
 from probtensor.models.completion_fit import Fitted
 from probtensor.models.completion_groups import Group
 from probtensor.models.completion_network import Kind
+from probtensor.models.completion_pairs import PairFactors
 from probtensor.models.completion_side import Side
 from probtensor.models.completion_stacking import Spread
 
@@ -35,6 +36,9 @@ def fitted_to_state(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for c, (parameters, rates) in enumerate(group.checkpoints):
             arrays |= {f"checkpoint.{g}.{c}.{name}": value for name, value in parameters.items()}
             arrays[f"rates.{g}.{c}"] = rates
+    if fitted.pairs is not None:
+        arrays |= {f"single.{k}": torch.from_numpy(effect) for k, effect in enumerate(fitted.pairs.singles)}
+        arrays |= {f"factor.{p}": torch.from_numpy(factor) for p, factor in enumerate(fitted.pairs.factors)}
     groups = [
         [group.name, list(group.kind), group.on_effects, list(group.best_epoch), len(group.checkpoints)]
         for group in fitted.groups
@@ -49,6 +53,7 @@ def fitted_to_state(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "n_members": fitted.n_members,
         "likelihood": fitted.likelihood,
         "spread": None if fitted.spread is None else list(fitted.spread),
+        "pairs": None if fitted.pairs is None else json.loads(json.dumps(fitted.pairs[:3])),
     }
 
 
@@ -78,7 +83,16 @@ def fitted_from_state(arrays: dict[str, Tensor], meta: dict[str, Any], device: t
         groups.append(Group(name, kind, on_effects, under(f"group.{g}."), tuple(best_epoch), history, checkpoints))
     mixture = ScaleMixture(meta["inflation"], arrays["scales"], arrays["scale_weights"])
     spread = None if meta["spread"] is None else Spread(*meta["spread"])
-    return Fitted(effects, groups, arrays["weights"].numpy(), mixture, meta["n_members"], meta["likelihood"], spread)
+    pairs = None
+    if meta["pairs"] is not None:
+        chosen, strengths, mean = meta["pairs"]
+        tables = [
+            [arrays[f"{name}.{i}"].numpy() for i in range(sum(key.startswith(f"{name}.") for key in arrays))]
+            for name in ("single", "factor")
+        ]
+        pairs = PairFactors(tuple((a, b) for a, b in chosen), tuple(strengths), mean, *tables)
+    weights = arrays["weights"].numpy()
+    return Fitted(effects, groups, weights, mixture, meta["n_members"], meta["likelihood"], spread, pairs)
 
 
 def sides_to_state(sides: Sequence[Side]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a fitted neural completion says of itself: weights, epochs, learning curves, strengths of effects, noise."""
 
 import math
+from abc import abstractmethod
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +75,15 @@ class Findings:
         return {tuple(names[mode] for mode in subset): strength for subset, strength in pairs if subset}
 
     @property
+    def pair_strengths_(self) -> dict[tuple[str, str], float]:
+        """Shrinkage of the factors of each pair of modes, in rows."""
+        check_is_fitted(self, "axes_")
+        pairs, names = self._fitted.pairs, [str(axis.name) for axis in self.axes_]
+        if pairs is None:
+            return {}
+        return {(names[a], names[b]): strength for (a, b), strength in zip(pairs.pairs, pairs.strengths, strict=True)}
+
+    @property
     def noise_std_(self) -> float:
         """Standard deviation that the effects leave to the noise, in the unit of y."""
         self._need_gaussian("noise_std_", "")
@@ -93,7 +103,8 @@ class Findings:
             for group in self._fitted.groups
             for decay in decays[: len(group.best_epoch) // M]
         ]
-        return ["effects", *names] if single else names
+        return ["effects"] * single + ["factors of pairs"] * (self._fitted.pairs is not None) + names
 
+    @abstractmethod
     def _settings(self) -> Settings:
-        raise NotImplementedError
+        """The constructor's parameters, checked."""

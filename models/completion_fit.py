@@ -35,6 +35,7 @@ from probtensor.models.completion_effects import (
 from probtensor.models.completion_groups import Data, Group, Keeper, head_features, kinds_of, train_group
 from probtensor.models.completion_links import curvature, means
 from probtensor.models.completion_network import Kind, predict
+from probtensor.models.completion_pairs import PairFactors, choose_pairs, fit_pairs
 from probtensor.models.completion_settings import Settings
 from probtensor.models.completion_stacking import HeldOut, Spread
 from probtensor.models.completion_training import mixed
@@ -47,6 +48,7 @@ Mask = npt.NDArray[np.bool_]
 
 N_FOLDS = 5  # where there are not more members
 MIN_ROWS = 30  # fewer are left to the effects
+PAIR_ROWS = 50_000  # as many, of all, choose pairs of modes and strengths of their factors
 
 
 class Fitted(NamedTuple):
@@ -58,13 +60,16 @@ class Fitted(NamedTuple):
         Of all rows; without biases, for the width of intervals only.
     groups : list of Group
     weights : ndarray, shape (C,)
-        Of the effects if there are biases, then of each group's weight decays; they sum to one.
+        Of the effects if there are biases, of factors of pairs if there are any, then of each group's weight decays;
+        they sum to one.
     mixture : ScaleMixture
         Of Gaussian values' residuals.
     n_members : int
     likelihood : str
     spread : Spread, or None
         Of other values.
+    pairs : PairFactors, or None
+        Where products of factors helped.
     """
 
     effects: Effects
@@ -74,6 +79,7 @@ class Fitted(NamedTuple):
     n_members: int
     likelihood: str = "gaussian"
     spread: Spread | None = None
+    pairs: PairFactors | None = None
 
 
 def fit_completion(
@@ -147,6 +153,10 @@ def fit_completion(
             held_out = left_out | (inner == g)
             pieces[f, held_out & ~left_out] = parts(held_out)[0][~left_out[held_out]]
     candidates = [plain] if settings.biases else []
+    pairs = None
+    if settings.biases and settings.interactions and settings.rank and gaussian and not small:
+        pairs, paired = _pairs(data, unseen, comm, seed)
+        candidates += [] if pairs is None else [paired]
     groups = []
     if not small:
         for number, (name, on_effects, rank, head) in enumerate(kinds_of(settings, len(data.sizes))):
@@ -175,7 +185,25 @@ def fit_completion(
     chosen, known = tuple(subsets[s] for s in live), [part.known for part in cells]
     effects = Effects(chosen, sizes, known, found, totals, tuple(strengths), noise)
     weights, mixture, scatter = held_out.combine(noise, likelihood)
-    return Fitted(effects, groups, weights, mixture, M, likelihood, scatter)
+    return Fitted(effects, groups, weights, mixture, M, likelihood, scatter, pairs)
+
+
+def _pairs(data: Data, unseen: list[Mask], comm: Comm, seed: int) -> tuple[PairFactors | None, FloatArray]:
+    """Factors of pairs of modes, if they help, and what those of the other rows predict of rows held out, (n,)."""
+    labels, weight, predicted = data.labels[:, : len(data.sizes)], data.weight, np.zeros(len(data.values))
+    total = int(comm.sum(torch.tensor([len(weight)]))[0])
+    few = mixed(data.keys, seed + 4) / 2.0**63 < PAIR_ROWS / max(total, 1)  # enough to choose by
+    chosen = choose_pairs(labels[few], data.sizes, data.values[few], weight[few], unseen[0][few], seed % 2**32, comm)
+    if not chosen[0]:
+        return None, predicted
+
+    def fit(rows: Mask) -> PairFactors:
+        left = np.where(rows, weight, 0.0)
+        return fit_pairs(labels, data.sizes, data.values, left, *chosen, seed % 2**32, comm)
+
+    for left_out in unseen:
+        predicted[left_out] = fit(data.own & ~left_out).predict(labels[left_out])
+    return fit(data.own), predicted
 
 
 def cells_of(
@@ -204,11 +232,20 @@ def _gather(columns: list[FloatArray], rows: Mask, comm: Comm) -> FloatArray:
     return np.ascontiguousarray(np.concatenate(parts).T)
 
 
-def moments(fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool) -> tuple[FloatArray, FloatArray]:
-    """Predictors (n,) at labels (n, K + n_sides), -1 for unknown ones, and the variances of these (n,)."""
-    pieces, variance = fitted.effects.pieces(labels)
+def moments(
+    fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Predictors (n,) at labels (n, K + n_sides), -1 for unknown ones, and the variances of these (n,).
+
+    The first variance is the model's, to be calibrated; the second is what unknown labels add, which rows held out
+    hardly show.
+    """
+    pieces, variance, strange = fitted.effects.pieces(labels)
     plain = pieces.sum(axis=1)
     candidates = [plain] if biases or not fitted.groups else []
+    if fitted.pairs is not None:
+        candidates.append(fitted.pairs.predict(labels))
+        strange = np.maximum(strange, fitted.pairs.strange(labels))
     for group in fitted.groups:
         device = group.parameters["bias"].device
         features = head_features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)
@@ -216,7 +253,7 @@ def moments(fitted: Fitted, labels: IntArray, smooth: FloatArray, biases: bool) 
         added = predict(group.kind, group.parameters, at, features)
         averaged = added.double().cpu().numpy().reshape(-1, fitted.n_members, len(labels)).mean(axis=1)
         candidates += list(averaged + link_offset(fitted, group, pieces))
-    return fitted.weights @ np.stack(candidates), variance
+    return fitted.weights @ np.stack(candidates), variance, strange
 
 
 def link_offset(fitted: Fitted, group: Group, pieces: FloatArray) -> FloatArray:

@@ -83,7 +83,6 @@ def row_influence(
     smooth: FloatArray,
     values: FloatArray,
     n_query: int,
-    biases: bool,
     *,
     parameters: Literal["last", "all"],
     preconditioner: Preconditioner | None,
@@ -101,14 +100,13 @@ def row_influence(
     values : ndarray, shape (n,)
         Standardised where they are Gaussian.
     n_query : int
-    biases : bool
-        Whether the first weight is that of the effects.
     parameters, preconditioner
         See `probtensor.inference.influence.influence`.
     """
     n, M = len(labels), fitted.n_members
-    pieces, _ = fitted.effects.pieces(labels)
-    weights = fitted.weights[1:] if biases else fitted.weights
+    pieces = fitted.effects.pieces(labels)[0]
+    n_candidates = sum(len(group.best_epoch) for group in fitted.groups) // M
+    weights = fitted.weights[len(fitted.weights) - n_candidates :]
     if weights.sum() == 0:
         weights = np.ones_like(weights)
     weights, total, first = weights / weights.sum(), np.zeros(n - n_query), 0

@@ -31,9 +31,9 @@ IntArray = npt.NDArray[np.int64]
 Pair = tuple[int, int]
 
 RANK = 4  # factors of each pair; the strengths decide how much of them is used
-SINGLE, START, STEP = 3.0, 3.0, 3.0  # strength of effects; of factors, at first; factor between those that are tried
-MOST = 300.0  # stronger is nothing
-SWEEPS, TRIAL_SWEEPS = 20, 6
+SINGLE, START, STEP = 3.0, 1.0, 3.0  # strength of effects; of factors, at first; factor between those that are tried
+LEAST, MOST = 0.01, 300.0  # stronger is nothing
+SWEEPS, TRIAL_SWEEPS = 20, 12
 GAIN = 1e-3  # share of the loss that a pair must take away
 CHUNK = 2**19  # rows whose products are in memory at a time
 
@@ -67,6 +67,21 @@ class PairFactors(NamedTuple):
         for p, (a, b) in enumerate(self.pairs):
             total += np.einsum("nr,nr->n", self.factors[2 * p][labels[:, a]], self.factors[2 * p + 1][labels[:, b]])
         return total
+
+    def strange(self, labels: IntArray) -> FloatArray:
+        """Variance (n,) of what unknown labels bring: as much as the labels that are known differ in."""
+        variance = np.zeros(len(labels))
+        for column, effect in zip(labels.T, self.singles, strict=False):
+            variance += np.where(column < 0, np.mean(effect[:-1] ** 2), 0.0)
+        for p, (a, b) in enumerate(self.pairs):
+            left, right = self.factors[2 * p], self.factors[2 * p + 1]
+            square = [part[:-1].T @ part[:-1] / (len(part) - 1) for part in (left, right)]
+            for column, other, own, given in ((a, b, square[0], right), (b, a, square[1], left)):
+                known = np.einsum("nr,rs,ns->n", given, own, given)
+                known[-1] = np.sum(square[0] * square[1])  # both labels are unknown
+                part = np.where(labels[:, column] < 0, known[labels[:, other]], 0.0)
+                variance += np.where(labels[:, other] < 0, 0.5 * part, part)
+        return variance
 
 
 def fit_pairs(
@@ -173,7 +188,7 @@ def choose_pairs(
             best, kept, pairs, strengths = loss, found, tried, trial
     for p in range(len(pairs)):
         for step in (STEP, 1 / STEP):
-            while strengths[p] * step <= MOST:
+            while LEAST <= strengths[p] * step <= MOST:
                 trial = [*strengths[:p], strengths[p] * step, *strengths[p + 1 :]]
                 loss, found = run(pairs, trial, kept)
                 if loss >= best * (1 - 1e-4):

@@ -192,7 +192,7 @@ def calibrate_discrete(
 
 
 def discrete(
-    likelihood: str, eta: FloatArray, variance: FloatArray, spread: Spread
+    likelihood: str, eta: FloatArray, variance: FloatArray, spread: Spread, strange: FloatArray | float = 0.0
 ) -> BernoulliPredictive | CountMixture:
     """Predictive distributions of binary values or counts.
 
@@ -205,6 +205,8 @@ def discrete(
     likelihood : {"bernoulli", "poisson"}
     eta, variance : ndarray, shape (n,)
     spread : Spread
+    strange : ndarray, shape (n,), or float
+        Variance that unknown labels add, which is not inflated.
 
     Examples
     --------
@@ -213,8 +215,9 @@ def discrete(
     >>> discrete("poisson", np.log([5.0]), np.array([0.0]), Spread(1.0, 0.2, 0.0)).std.round(3)
     array([3.162])
     """
+    variance = spread.inflation * variance + strange
     if likelihood == "bernoulli":
-        odds = eta / (spread.scale * np.sqrt(1 + math.pi / 8 * spread.inflation * variance))
+        odds = eta / (spread.scale * np.sqrt(1 + math.pi / 8 * variance))
         return BernoulliPredictive((1 - spread.floor) * expit(odds) + spread.floor / 2)
-    excess = np.expm1((spread.inflation * variance).clip(max=MOST_UNCERTAIN))
+    excess = np.expm1(variance.clip(max=MOST_UNCERTAIN))
     return CountMixture(means(likelihood, eta)[:, None], [1.0], spread.scale + (1 + spread.scale) * excess)

@@ -163,7 +163,8 @@ def test_the_prediction_weighs_both_models_as_validation_says_and_intervals_cove
 
 
 def test_good_values_from_another_model_help_and_are_kept_only_if_they_do():
-    better = DAIN(NET, ratio=2.0, keep="if_better", random_state=0).fit(X[TRAIN], Y[TRAIN])
+    trained = clone(NET).set_params(max_epochs=20)
+    better = DAIN(trained, ratio=3.0, keep="if_better", random_state=0).fit(X[TRAIN], Y[TRAIN])
     assert better.weight_ == 1
     assert better.validation_rmse_["second"] < better.validation_rmse_["first"]
     np.testing.assert_array_equal(better.predict(X[TEST]), better.augmented_estimator_.predict(X[TEST]))
