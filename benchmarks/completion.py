@@ -4,9 +4,10 @@ Rows are split as the released code of DAIN does it: a tenth for the test by sci
 method sets aside to choose its settings comes out of the other nine tenths. Peers are in `completion_peers`.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,10 @@ def in_processes(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]],
     if jobs == 1:
         return {task: function(*task) for task in tasks}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {task: pool.submit(function, *task) for task in tasks}
-        return {task: future.result() for task, future in futures.items()}
+        futures = {pool.submit(function, *task): task for task in tasks}
+        for future in as_completed(futures):
+            print(*futures[future][1:], future.result(), file=sys.stderr, flush=True)
+        return {task: future.result() for future, task in futures.items()}
 
 
 def completion_lines(

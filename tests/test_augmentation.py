@@ -23,9 +23,10 @@ NET = NeuralTensorCompletion(
     rank=0,
     hidden=(8,),
     embedding=4,
-    max_epochs=4,
+    max_epochs=8,
     n_members=1,
     n_checkpoints=3,
+    batch_size=64,
     progress=False,
     device="cpu",
 )
@@ -157,13 +158,14 @@ def test_the_prediction_weighs_both_models_as_validation_says_and_intervals_cove
     assert fitted.validation_rmse_["kept"] <= min(tried) + 1e-12
     assert set(fitted.validation_rmse_) == {"first", "second", "kept"}
     lower, upper = fitted.predict_interval(X[TEST])
-    assert 0.75 < np.mean((lower <= Y[TEST]) & (Y[TEST] <= upper)) < 0.99
+    assert np.mean((lower <= Y[TEST]) & (Y[TEST] <= upper)) > 0.8
+    assert np.mean(upper - lower) < 2 * 1.645 * 1.5 * pt.metrics.rmse(Y[TEST], mean)
     np.testing.assert_allclose(fitted.predictive(X[TEST]).std, std)
     assert pt.metrics.rmse(Y[TEST], mean) < Y.std()
 
 
 def test_good_values_from_another_model_help_and_are_kept_only_if_they_do():
-    trained = clone(NET).set_params(max_epochs=20)
+    trained = clone(NET).set_params(max_epochs=20, weight_decay=0.0, patience=10)
     better = DAIN(trained, ratio=3.0, keep="if_better", random_state=0).fit(X[TRAIN], Y[TRAIN])
     assert better.weight_ == 1
     assert better.validation_rmse_["second"] < better.validation_rmse_["first"]
