@@ -81,7 +81,8 @@ def cuda_adapter_lines(rank: int, kernel_rank: int, repeats: int) -> list[str]:
                         kept.append(micros)
             a, b, c = (statistics.median(kept) for kept in times)
             lines.append(
-                f"| {name} | {mode} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} | {numbers:,}, {of_lora:,} |"
+                f"| {name} | {mode} | {a:.0f} | {b:.0f} | {c:.0f} | {b / a:.2f} | {b / c:.2f} "
+                f"| {numbers:,}, {of_lora:,} |"
             )
             torch.compiler.reset()
     return lines
