@@ -1,5 +1,8 @@
 """Models: what is believed about the data, one family a file."""
 
+from probtensor.models.adapter_ranks import rank_report as rank_report
+from probtensor.models.adapter_ranks import relevance_penalty as relevance_penalty
+from probtensor.models.adapter_ranks import truncate as truncate
 from probtensor.models.additive_coders import BSC as BSC
 from probtensor.models.additive_coders import DSC as DSC
 from probtensor.models.additive_coders import TSC as TSC
@@ -32,4 +35,7 @@ __all__ = [
     "NoisyOR",
     "inject_adapters",
     "load_adapters",
+    "rank_report",
+    "relevance_penalty",
+    "truncate",
 ]
