@@ -1,5 +1,6 @@
 """Models: what is believed about the data, one family a file."""
 
+from probtensor.models.adapter_laplace import fit_laplace as fit_laplace
 from probtensor.models.adapter_ranks import rank_report as rank_report
 from probtensor.models.adapter_ranks import relevance_penalty as relevance_penalty
 from probtensor.models.adapter_ranks import truncate as truncate
@@ -33,6 +34,7 @@ __all__ = [
     "MoP",
     "NeuralTensorCompletion",
     "NoisyOR",
+    "fit_laplace",
     "inject_adapters",
     "load_adapters",
     "rank_report",
