@@ -4,6 +4,7 @@ from probtensor.models.adapter_laplace import fit_laplace as fit_laplace
 from probtensor.models.adapter_ranks import rank_report as rank_report
 from probtensor.models.adapter_ranks import relevance_penalty as relevance_penalty
 from probtensor.models.adapter_ranks import truncate as truncate
+from probtensor.models.adapter_variational import fit_variational as fit_variational
 from probtensor.models.additive_coders import BSC as BSC
 from probtensor.models.additive_coders import DSC as DSC
 from probtensor.models.additive_coders import TSC as TSC
@@ -35,6 +36,7 @@ __all__ = [
     "NeuralTensorCompletion",
     "NoisyOR",
     "fit_laplace",
+    "fit_variational",
     "inject_adapters",
     "load_adapters",
     "rank_report",
