@@ -240,9 +240,9 @@ def _moments(normal: Any, guide: str) -> tuple[Tensor, Tensor]:
     """Mean and covariance of a guide."""
     if guide == "mean_field":
         mean, scale = normal.locs.cores, normal.scales.cores
-        return mean.to(torch.float64), torch.diag(scale.to(torch.float64).square())
+        return mean.detach().to(torch.float64, copy=True), torch.diag(scale.detach().to(torch.float64).square())
     found = normal.get_posterior()
-    return found.mean.detach().to(torch.float64), found.covariance_matrix.detach().to(torch.float64)
+    return found.mean.detach().to(torch.float64, copy=True), found.covariance_matrix.detach().to(torch.float64)
 
 
 def _split(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
