@@ -20,6 +20,7 @@ from probtensor.models.max_coders import MMCA as MMCA
 from probtensor.models.mixtures import MoG as MoG
 from probtensor.models.mixtures import MoP as MoP
 from probtensor.models.noisy_or import NoisyOR as NoisyOR
+from probtensor.models.peft_bridge import register_with_peft as register_with_peft
 
 __all__ = [
     "BSC",
@@ -40,6 +41,7 @@ __all__ = [
     "inject_adapters",
     "load_adapters",
     "rank_report",
+    "register_with_peft",
     "relevance_penalty",
     "truncate",
 ]

@@ -48,7 +48,7 @@ def test_linear_models_have_the_moments_of_theory(guide: Any) -> None:
     before = {key: value.clone() for key, value in adapters.state_dict().items()}
     flags = [p.requires_grad for p in adapters.model.parameters()]
     state = torch.get_rng_state()
-    posterior = fit_variational(adapters, whole, log_likelihood, guide=guide, prior_precision=PRECISION, n_steps=500)
+    posterior = fit_variational(adapters, whole, log_likelihood, guide=guide, prior_precision=PRECISION, n_steps=700)
     assert torch.equal(torch.get_rng_state(), state)
     assert [p.requires_grad for p in adapters.model.parameters()] == flags
     assert all(torch.equal(value, before[key]) for key, value in adapters.state_dict().items())
@@ -56,7 +56,7 @@ def test_linear_models_have_the_moments_of_theory(guide: Any) -> None:
     deviation = exact.diagonal().sqrt()
     assert float(((posterior.mean - mean) / deviation).abs().max()) < 0.15
     if guide == "mean_field":
-        torch.testing.assert_close(posterior.covariance.diagonal(), 1 / precision.diagonal(), rtol=0.15, atol=0)
+        torch.testing.assert_close(posterior.covariance.diagonal(), 1 / precision.diagonal(), rtol=0.2, atol=0)
         assert bool((posterior.covariance.diagonal() < exact.diagonal()).all())
     elif guide == "full":
         torch.testing.assert_close(posterior.covariance.diagonal(), exact.diagonal(), rtol=0.2, atol=0)
@@ -71,7 +71,7 @@ def test_linear_models_have_the_moments_of_theory(guide: Any) -> None:
 
 def test_batches_are_scaled_to_all_rows() -> None:
     adapters, batches, mean, precision = linear_case()
-    posterior = fit_variational(adapters, batches, log_likelihood, prior_precision=PRECISION, n_steps=500)
+    posterior = fit_variational(adapters, batches, log_likelihood, prior_precision=PRECISION, n_steps=700)
     deviation = torch.linalg.inv(precision).diagonal().sqrt()
     assert float(((posterior.mean - mean) / deviation).abs().max()) < 0.5
     torch.testing.assert_close(posterior.covariance.diagonal(), 1 / precision.diagonal(), rtol=0.3, atol=0)
