@@ -1,8 +1,8 @@
 """FLoRA inside Hugging Face PEFT: an opt-in method for `get_peft_model` and its kin.
 
 PEFT's registry is closed to outsiders; `register_with_peft` adds a member to its enumeration of methods while the
-program runs, and then registers configuration and tuner. PEFT wraps layers, `inject_adapters` does not; the updates, the
-forms of the forward and the merges are the same. Nothing of PEFT is imported or changed before the call.
+program runs, and then registers configuration and tuner. PEFT wraps layers, `inject_adapters` does not; updates, forms
+of the forward and merges are the same. Nothing of PEFT is imported or changed before the call.
 
 References
 ----------
@@ -115,7 +115,7 @@ def _classes() -> tuple[Any, Any]:
     member = _extended(peft.PeftType)
 
     @dataclass
-    class ProbtensorFloraConfig(peft.PeftConfig):  # type: ignore[misc, name-defined]
+    class ProbtensorFloraConfig(peft.PeftConfig):  # type: ignore[misc]
         """Settings of a FLoRA adapter in PEFT; see `register_with_peft`."""
 
         r: int = 8
@@ -145,9 +145,13 @@ def _classes() -> tuple[Any, Any]:
             names = ("r", "kernel_r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "init", "random_state")
             return FLoRAConfig(**{name: getattr(self, name) for name in names})
 
-    class ProbtensorFloraLayer(nn.Module, tuners.BaseTunerLayer):  # type: ignore[misc, name-defined]
+    class ProbtensorFloraLayer(nn.Module, tuners.BaseTunerLayer):  # type: ignore[misc]
         """A layer with its updates."""
 
+        base_layer: Any
+        get_base_layer: Any  # of PEFT, as the next two
+        set_adapter: Any
+        active_adapters: Any
         adapter_layer_names = (f"{PREFIX}core", *(f"{PREFIX}factor_{n}" for n in range(MAX_MODES)))
         other_param_names = ("scaling", "dropouts", "n_modes")
 
@@ -192,7 +196,7 @@ def _classes() -> tuple[Any, Any]:
             for name in names:
                 if name in self.scaling:
                     dicts = [getattr(self, f"{PREFIX}factor_{n}") for n in range(self.n_modes[name])]
-                    factors = tuple([each[name] if name in each else None for each in dicts])
+                    factors = tuple([each.get(name, None) for each in dicts])
                     core = getattr(self, f"{PREFIX}core")[name]
                     found.append(_Acting(core, factors, self.scaling[name], self.dropouts[name], self.training))
             return found
@@ -246,7 +250,7 @@ def _classes() -> tuple[Any, Any]:
         def __repr__(self) -> str:
             return "probtensor_flora." + super().__repr__()
 
-    class ProbtensorFloraModel(tuners.BaseTuner):  # type: ignore[misc, name-defined]
+    class ProbtensorFloraModel(tuners.BaseTuner):  # type: ignore[misc]
         """The tuner."""
 
         prefix = PREFIX
@@ -270,7 +274,7 @@ def _classes() -> tuple[Any, Any]:
             if weight_names(target) != ("weight",):
                 kind = type(target).__name__
                 raise ValueError(
-                    f"target_modules: expected linear, embedding or convolutions, got {current_key!r} ({kind})"
+                    f"target_modules: expected linear, embedding or convolution, got {current_key!r} ({kind})"
                 )
             layer = ProbtensorFloraLayer(target).train(target.training)
             layer.update_layer(adapter_name, settings, current_key)

@@ -19,9 +19,8 @@ def test_without_peft_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
     from probtensor.models import peft_bridge
 
     monkeypatch.setitem(sys.modules, "peft", None)
-    peft_bridge._classes.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'probtensor\[peft\]'"):
-        register_with_peft()
+        peft_bridge._classes.__wrapped__()
 
 
 class Net(nn.Module):
@@ -60,11 +59,7 @@ def made() -> nn.Module:
 
 @pytest.fixture
 def peft() -> Any:
-    pytest.importorskip("peft", reason="PEFT is not installed")
-    with pytest.MonkeyPatch.context():
-        import peft
-
-        return peft
+    return pytest.importorskip("peft", reason="PEFT is not installed")
 
 
 @pytest.fixture
@@ -121,7 +116,7 @@ def test_merge_unmerge_and_unload(peft: Any, config: Callable[..., Any]) -> None
         torch.testing.assert_close(model(*inputs()), y)
         model.unmerge_adapter()  # type: ignore[operator]
     with model.disable_adapter():  # type: ignore[operator]
-        assert torch.equal(model(*inputs()), made()(*inputs()))
+        torch.testing.assert_close(model(*inputs()), made()(*inputs()))
     torch.testing.assert_close(model(*inputs()), y)
     after = {
         key.replace(".base_layer", ""): value for key, value in base.state_dict().items() if "probtensor" not in key
@@ -139,12 +134,12 @@ def test_save_and_load(peft: Any, config: Callable[..., Any], tmp_path: Path) ->
     y = model(*inputs())
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     loaded = peft.PeftModel.from_pretrained(made(), tmp_path)
-    assert torch.equal(loaded(*inputs()), y)
+    torch.testing.assert_close(loaded(*inputs()), y)
     assert loaded.peft_config["default"].peft_type == "PROBTENSOR_FLORA"
     assert loaded.peft_config["default"].rank_pattern == {"fc": 2, "conv2": [3, 1, 1, 2]}
     low = peft.PeftModel.from_pretrained(made(), tmp_path, low_cpu_mem_usage=True)
-    assert torch.equal(low(*inputs()), y)
-    assert torch.equal(copy.deepcopy(low)(*inputs()), y)
+    torch.testing.assert_close(low(*inputs()), y)
+    torch.testing.assert_close(copy.deepcopy(low)(*inputs()), y)
 
 
 def test_several_adapters(peft: Any, config: Callable[..., Any]) -> None:
@@ -168,6 +163,25 @@ def test_several_adapters(peft: Any, config: Callable[..., Any]) -> None:
     assert not any("second" in key for key in model.state_dict())
 
 
+def test_training_and_injection_without_a_wrapper(peft: Any, config: Callable[..., Any], tmp_path: Path) -> None:
+    model, target = made(), torch.ones(2, 3, dtype=torch.float64)
+    injected = peft.inject_adapter_in_model(config(), model)
+    optimizer = torch.optim.Adam([p for p in injected.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (injected(*inputs()) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 5
+    state = peft.get_peft_model_state_dict(injected)
+    other = peft.inject_adapter_in_model(config(), made())
+    found = peft.set_peft_model_state_dict(other, state)
+    assert not found.unexpected_keys
+    torch.testing.assert_close(other(*inputs()), injected(*inputs()))
+
+
 def test_half_precision_dropout_and_hundred_merges(peft: Any, config: Callable[..., Any]) -> None:
     base = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)).to(torch.bfloat16)
     before = [parameter.clone() for parameter in base.parameters()]
@@ -186,9 +200,7 @@ def test_half_precision_dropout_and_hundred_merges(peft: Any, config: Callable[.
 
 
 def test_what_cannot_be_is_refused(peft: Any, config: Callable[..., Any]) -> None:
-    with pytest.raises(
-        ValueError, match=r"target_modules: expected linear, embedding or convolutions, got 'attn' \(Mul"
-    ):
+    with pytest.raises(ValueError, match=r"target_modules: expected linear, embedding or convolution, got 'attn'"):
         peft.get_peft_model(made(), config(target_modules=["attn"]))
     with pytest.raises(ValueError, match="r: expected an integer of at least 1, got 0"):
         config(r=0)
