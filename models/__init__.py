@@ -1,5 +1,6 @@
 """Models: what is believed about the data, one family a file."""
 
+from probtensor.models.adapter_evidence import fit_by_evidence as fit_by_evidence
 from probtensor.models.adapter_laplace import fit_laplace as fit_laplace
 from probtensor.models.adapter_ranks import rank_report as rank_report
 from probtensor.models.adapter_ranks import relevance_penalty as relevance_penalty
@@ -36,6 +37,7 @@ __all__ = [
     "MoP",
     "NeuralTensorCompletion",
     "NoisyOR",
+    "fit_by_evidence",
     "fit_laplace",
     "fit_variational",
     "inject_adapters",

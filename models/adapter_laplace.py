@@ -12,8 +12,8 @@ Immer, Korzepa, Bauer (2021), "Improving predictions of Bayesian neural nets via
 Daxberger et al. (2021), "Laplace redux: effortless Bayesian deep learning", NeurIPS 34. Yang et al. (2024), "Bayesian
 low-rank adaptation for large language models", ICLR. Lu, Ie, Sha (2020), "Mean-field approximation to Gaussian-softmax
 integral with application to uncertainty estimation", arXiv 2006.07584: the probit approximation for several classes,
-MacKay's (1992, Neural Computation 4) for two. Guo et al. (2017), "On calibration of modern neural
-networks", ICML.
+MacKay's (1992, Neural Computation 4) for two. Wenzel et
+al. (2020), "How good is the Bayes posterior in deep neural networks really?", ICML: temperatures.
 """
 
 import math
@@ -72,7 +72,7 @@ class AdapterLaplace:
     effective_parameters : float
         How many directions the data determine.
     temperature : float
-        By which outputs are divided; see `tune_temperature`.
+        By which covariances of classes' outputs are multiplied: 0 keeps the trained outputs; see `tune_temperature`.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class AdapterLaplace:
             if n_samples is not None:
                 raise ValueError(f"n_samples: expected None, as values have a normal distribution, got {n_samples!r}")
             return Prediction(mean, (variance + self.noise_variance).sqrt())
-        mean, covariance = mean / self.temperature, covariance / self.temperature**2
+        covariance = self.temperature * covariance
         if n_samples is None:
             probabilities = _probit(mean, covariance)
             slopes = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None]
@@ -177,6 +177,9 @@ class AdapterLaplace:
 
     def tune_temperature(self, batches: Iterable[tuple[Inputs, Tensor]]) -> float:
         """Choose the temperature under which rows that were not trained on are most probable (probit); classes only.
+
+        Below 1, the posterior is narrower than the evidence has it: a network that fits its rows perfectly has little
+        curvature left, and its posterior is too wide.
 
         Parameters
         ----------
@@ -201,9 +204,10 @@ class AdapterLaplace:
 
         def loss(log_temperature: float) -> float:
             T = math.exp(log_temperature)
-            return float(F.nll_loss(_probit(mean / T, covariance / T**2).log(), labels.to(mean.device)))
+            return float(F.nll_loss(_probit(mean, T * covariance).log(), labels.to(mean.device)))
 
-        self.temperature = math.exp(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
+        start = min(range(-12, 5), key=loss)  # several valleys are possible
+        self.temperature = math.exp(minimize_scalar(loss, bounds=(start - 1.0, start + 1.0), method="bounded").x)
         return self.temperature
 
     def _rows(self, x: Inputs) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -256,6 +260,11 @@ def fit_laplace(
     ------
     ValueError
         If an argument is out of range, the adapter does not act, targets do not fit the outputs, or there are no rows.
+
+    Notes
+    -----
+    The theory wants cores at the mode of their prior. Where training had none and ended at a perfect fit, variances come
+    out far too wide: then `fit_by_evidence`, or, with rows to spare, `AdapterLaplace.tune_temperature`.
 
     References
     ----------

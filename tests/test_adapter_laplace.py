@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from probtensor.inference.laplace import Curvature, Summary, log_evidence
 from probtensor.metrics import expected_calibration_error
-from probtensor.models import FLoRAConfig, fit_laplace, inject_adapters
+from probtensor.models import FLoRAConfig, fit_by_evidence, fit_laplace, inject_adapters
 from probtensor.models.adapter_cores import trained_cores
 from probtensor.models.flora import Adapters
 
@@ -191,9 +191,60 @@ def test_probit_and_draws_agree_and_rows_far_away_are_less_certain() -> None:
     with torch.no_grad():
         far = torch.tensor([[-4.0, 20.0]], dtype=DOUBLE)
         assert posterior.predict(far).mean.max() < model(far).softmax(1).max()
-    assert 0.05 < posterior.tune_temperature([(x, labels)]) == posterior.temperature < 20
-    after = posterior.predict(x).mean
-    assert expected_calibration_error(labels, after) < 0.2
+    probabilities = posterior.predict(x).mean
+    fresh = torch.randn(300, 2, dtype=DOUBLE) + 3 * torch.eye(3, 2, dtype=DOUBLE).repeat(100, 1)
+    classes = torch.arange(300) % 3
+    held_out, tested = (fresh[:150], classes[:150]), (fresh[150:], classes[150:])
+
+    def nll() -> float:
+        return float(nn.functional.nll_loss(posterior.predict(tested[0]).mean.log(), tested[1]))
+
+    before = nll()
+    assert math.exp(-13) < posterior.tune_temperature([held_out]) == posterior.temperature < math.exp(6)
+    assert nll() < before + 0.01
+    assert expected_calibration_error(tested[1], posterior.predict(tested[0]).mean) < 0.15
+    posterior.temperature = 0.0
+    with torch.no_grad():
+        torch.testing.assert_close(posterior.predict(x).mean, model(x).softmax(1))
+    posterior.temperature = 1.0
+    assert torch.equal(posterior.predict(x).mean, probabilities)
+
+
+def test_rounds_of_evidence_lead_to_the_mode_and_its_prior() -> None:
+    adapters, x, y, _ = linear_case()
+    exact = fit_laplace(adapters, [(x, y)], likelihood="regression", mode="newton")
+    found = fit_by_evidence(adapters, [(x, y)], likelihood="regression", n_rounds=8, n_steps=300)
+    assert found.prior_precision == pytest.approx(exact.prior_precision, rel=0.02)
+    assert found.noise_variance == pytest.approx(exact.noise_variance, rel=0.02)
+    torch.testing.assert_close(found.predict(x).mean, exact.predict(x).mean, rtol=0, atol=0.02)
+
+
+def test_evidence_keeps_a_network_that_fits_perfectly_from_despair() -> None:
+    """Trained without a prior, on few rows, the curvature is nearly zero and the posterior far too wide."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    adapters = inject_adapters(model, FLoRAConfig(r=4))
+    x = torch.randn(430, 2, dtype=DOUBLE)
+    labels = (x.sum(1) > 0).long()
+    batches = [(x[:15], labels[:15]), (x[15:30], labels[15:30])]
+    optimizer = torch.optim.Adam(adapters.trainable_parameters(), lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[:30]), labels[:30]).backward()
+        optimizer.step()
+    factors = {key: value.clone() for key, value in adapters.state_dict().items() if "factor" in key}
+
+    def nll(posterior: Any) -> float:
+        return float(nn.functional.nll_loss(posterior.predict(x[30:]).mean.log(), labels[30:]))
+
+    wide = nll(fit_laplace(adapters, batches))
+    assert nll(fit_by_evidence(adapters, batches)) < 0.7 * wide
+    state = adapters.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in factors.items())
+    with pytest.raises(ValueError, match="n_rounds: expected an integer of at least 1, got 0"):
+        fit_by_evidence(adapters, batches, n_rounds=0)
+    with pytest.raises(ValueError, match="mode: expected none, as cores go to the mode themselves, got 'newton'"):
+        fit_by_evidence(adapters, batches, mode="newton")
 
 
 def test_recurrent_layers_go_row_by_row_and_modes_of_modules_come_back() -> None:
