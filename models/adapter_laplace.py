@@ -263,8 +263,8 @@ def fit_laplace(
 
     Notes
     -----
-    The theory wants cores at the mode of their prior. Where training had none and ended at a perfect fit, variances come
-    out far too wide: then `fit_by_evidence`, or, with rows to spare, `AdapterLaplace.tune_temperature`.
+    The theory wants cores at the mode of their prior. Where training had none and ended at a perfect fit, variances
+    come out far too wide: then `fit_by_evidence`, or, with rows to spare, `AdapterLaplace.tune_temperature`.
 
     References
     ----------

@@ -61,6 +61,15 @@ def relevance_penalty(adapters: Adapters, name: str | None = None, *, floor: flo
     ValueError
         If there is no such adapter or the floor is not positive.
 
+    Notes
+    -----
+    With fewer rows than parameters it may hold back directions that predictions need. Then a larger floor, or less of
+    the penalty; and `truncate` alone, checked on rows held out, may do.
+
+    References
+    ----------
+    Mørup, Hansen (2009), J. Chemometrics 23. Wipf, Nagarajan (2008), NeurIPS 20.
+
     Examples
     --------
     >>> from probtensor.models import FLoRAConfig, inject_adapters
