@@ -14,7 +14,19 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 from scipy.special import ndtr
 
-__all__ = ["calibration_curve", "coverage", "crps_gaussian", "factor_match_score", "psnr", "relative_error", "rmse"]
+from probtensor.metrics_classes import expected_calibration_error, reliability_curve
+
+__all__ = [
+    "calibration_curve",
+    "coverage",
+    "crps_gaussian",
+    "expected_calibration_error",
+    "factor_match_score",
+    "psnr",
+    "relative_error",
+    "reliability_curve",
+    "rmse",
+]
 
 if TYPE_CHECKING:
     from probtensor.predictive import Predictive

@@ -19,6 +19,7 @@ from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.drawing import COLOURS, FAINT, INK, LABEL_SIZE, LINES, TICK_SIZE, dress, new_panels, pyplot
 from probtensor.kernels import Sum, White
 from probtensor.metrics import calibration_curve
+from probtensor.plotting_classes import plot_reliability
 from probtensor.plotting_completion import plot_entity_importance, plot_validation
 from probtensor.plotting_sparse import plot_activations, plot_dictionary, plot_reconstruction
 
@@ -38,6 +39,7 @@ __all__ = [
     "plot_predictions",
     "plot_reconstruction",
     "plot_relevance",
+    "plot_reliability",
     "plot_validation",
 ]
 

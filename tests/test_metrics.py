@@ -12,9 +12,11 @@ from probtensor.metrics import (
     calibration_curve,
     coverage,
     crps_gaussian,
+    expected_calibration_error,
     factor_match_score,
     psnr,
     relative_error,
+    reliability_curve,
     rmse,
 )
 from probtensor.predictive import NormalMixture
@@ -160,3 +162,33 @@ def test_psnr_follows_its_definition_and_leaves_unknown_pixels_out():
 def test_psnr_names_bad_input(arguments, words):
     with pytest.raises(ValueError, match=words):
         psnr(*arguments)
+
+
+def test_calibration_error_of_classes_by_hand():
+    p = np.array([[0.5, 0.5, 0.0], [0.55, 0.25, 0.2], [0.1, 0.9, 0.0], [0.05, 0.95, 0.0], [0.0, 0.0, 1.0]])
+    labels = [1, 0, 1, 0, 2]  # wrong (the first of equals counts), right, right, wrong, right
+    confidence, accuracy, count = reliability_curve(labels, p, n_bins=5)
+    np.testing.assert_allclose(confidence, [(0.5 + 0.55) / 2, (0.9 + 0.95 + 1.0) / 3])
+    np.testing.assert_allclose(accuracy, [1 / 2, 2 / 3])
+    assert count.tolist() == [2, 3]
+    expected = (2 * abs(0.525 - 0.5) + 3 * abs(0.95 - 2 / 3)) / 5
+    assert expected_calibration_error(labels, p, n_bins=5) == pytest.approx(expected)
+    assert expected_calibration_error([0, 1], np.eye(2)) == 0.0
+    assert expected_calibration_error([1, 0], np.eye(2)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "p", "n_bins", "message"),
+    [
+        ([0, 1], [[0.5, 0.5]], 5, r"labels: expected shape \(n,\)"),
+        ([], np.zeros((0, 2)), 5, r"labels: expected shape \(n,\)"),
+        ([2], [[0.5, 0.5]], 5, "labels: expected integers from 0 to 1"),
+        ([0.0], [[0.5, 0.5]], 5, "labels: expected integers from 0 to 1"),
+        ([0], [[0.5, 0.6]], 5, "probabilities: expected numbers of at least 0 that sum to 1"),
+        ([0], [[0.5, NAN]], 5, "probabilities: expected numbers of at least 0 that sum to 1"),
+        ([0], [[0.5, 0.5]], 0, "n_bins: expected at least 1, got 0"),
+    ],
+)
+def test_malformed_classes_are_refused(labels, p, n_bins, message):
+    with pytest.raises(ValueError, match=message):
+        expected_calibration_error(labels, p, n_bins)
