@@ -25,8 +25,33 @@ from probtensor.models.tucker_delta import contract, updated
 
 __all__ = ["Sizes", "choose_form", "is_bias", "kernel_modes", "layer_forward", "takes_dropout", "weight_names"]
 
-FLOPS_A_BYTE = 4.0  # operations in the time that one byte takes to or from memory
-FLOPS_A_CALL = 2e5  # operations in the time that starting one kernel takes
+
+class Machine(NamedTuple):
+    """What takes as long as how many operations.
+
+    Attributes
+    ----------
+    a_byte : float
+        One byte to or from memory.
+    a_call : float
+        Starting one kernel.
+    least_width : int
+        Channels that a matrix product works on at least: fewer take as long.
+    """
+
+    a_byte: float
+    a_call: float
+    least_width: int
+
+
+CPU = Machine(4.0, 2e5, 1)
+GPU = Machine(200.0, 3e9, 64)  # of a tensor-core GPU of 2022
+
+
+def machine_of(x: Tensor) -> Machine:
+    """The machine that a tensor is on."""
+    return CPU if x.device.type == "cpu" else GPU
+
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -123,7 +148,7 @@ class Sizes(NamedTuple):
     weight: int
 
 
-def choose_form(sizes: Sizes, training: bool, folds: bool = True) -> str:
+def choose_form(sizes: Sizes, training: bool, folds: bool = True, machine: Machine = CPU) -> str:
     """The cheapest form by the count: "built", "chained" or "folded".
 
     Parameters
@@ -134,6 +159,7 @@ def choose_form(sizes: Sizes, training: bool, folds: bool = True) -> str:
         and the built form pays for the gradient by the whole weight.
     folds : bool, default True
         Whether core and input factor may be contracted first.
+    machine : Machine
 
     Examples
     --------
@@ -143,20 +169,24 @@ def choose_form(sizes: Sizes, training: bool, folds: bool = True) -> str:
     'folded'
     >>> choose_form(Sizes(4096, 4096, 8, 8, 1, 8, 8, 64), training=True)
     'built'
+    >>> choose_form(Sizes(50176, 50176, 256, 256, 9, 16, 16, 589824), training=True, machine=GPU)
+    'built'
     """
     n_in, n_out, inputs, outputs, taps, r_in, r_out, weight = sizes
+    full = r_in == inputs and r_out == outputs
+    r_in, r_out = (min(max(r, machine.least_width), width) for r, width in ((r_in, inputs), (r_out, outputs)))
     passes = 3 if training else 1
     down = 2 * n_in * inputs * r_in if r_in < inputs else 0
     up = 2 * n_out * outputs * r_out if r_out < outputs else 0
-    spread = up + FLOPS_A_BYTE * 4 * 2 * n_out * outputs  # and one more pass over the output
-    chained = down + 2 * n_out * taps * r_in * r_out + spread + FLOPS_A_BYTE * 4 * (n_in * (inputs + r_in))
+    spread = up + machine.a_byte * 4 * 2 * n_out * outputs  # and one more pass over the output
+    chained = down + 2 * n_out * taps * r_in * r_out + spread + machine.a_byte * 4 * (n_in * (inputs + r_in))
     folded = 2 * n_out * taps * inputs * r_out + 2 * taps * inputs * r_in * r_out + spread
-    folded += FLOPS_A_BYTE * 4 * n_in * inputs
-    build = 2 * weight * min(r_in, r_out) + FLOPS_A_BYTE * 4 * 4 * weight
-    built = passes * (build + 4 * FLOPS_A_CALL) + (2 * n_out * taps * inputs * outputs if training else 0)
-    chained = passes * (chained + 6 * FLOPS_A_CALL)
-    folded = passes * (folded + 5 * FLOPS_A_CALL)
-    if (r_in == inputs and r_out == outputs) or built < min(chained, folded):
+    folded += machine.a_byte * 4 * n_in * inputs
+    build = 2 * weight * min(r_in, r_out) + machine.a_byte * 4 * 4 * weight
+    built = passes * (build + 4 * machine.a_call) + (2 * n_out * taps * inputs * outputs if training else 0)
+    chained = passes * (chained + 6 * machine.a_call)
+    folded = passes * (folded + 5 * machine.a_call)
+    if full or built < min(chained, folded):
         return "built"
     return "folded" if folds and r_in < inputs and folded < chained else "chained"
 
@@ -168,7 +198,9 @@ def _linear(self: Any, x: Tensor) -> Tensor:
     def form(delta: TuckerDelta, wanted: bool) -> str:
         outputs, inputs = delta.shape
         r_out, r_in = delta.ranks
-        return choose_form(Sizes(rows, rows, inputs, outputs, 1, r_in, r_out, inputs * outputs), wanted)
+        return choose_form(
+            Sizes(rows, rows, inputs, outputs, 1, r_in, r_out, inputs * outputs), wanted, machine=machine_of(x)
+        )
 
     return _adapted_forward(self, x, F.linear, form, _add_linear)
 
@@ -196,8 +228,9 @@ def _embedding(self: Any, ids: Tensor) -> Tensor:
 
     def form(delta: TuckerDelta, wanted: bool) -> str:
         (size, width), (r_row, r_column), rows = delta.shape, delta.ranks, ids.numel()
-        looked_up = rows * width * (r_row + 4 * FLOPS_A_BYTE)
-        built = size * width * (min(r_row, r_column) + (8 if wanted else 4) * FLOPS_A_BYTE)
+        a_byte = machine_of(ids).a_byte
+        looked_up = rows * width * (r_row + 4 * a_byte)
+        built = size * width * (min(r_row, r_column) + (8 if wanted else 4) * a_byte)
         return "built" if built < looked_up else "chained"
 
     def add(self: Any, ids: Tensor, y: Tensor, delta: TuckerDelta, form: str) -> Tensor:
@@ -214,7 +247,7 @@ def _convolution(self: Any, x: Tensor) -> Tensor:
     """A convolution with the layer's stride, padding, dilation, groups and mode of padding."""
 
     def form(delta: TuckerDelta, wanted: bool) -> str:
-        return "built" if self.groups > 1 else choose_form(_conv_sizes(self, x, delta), wanted)
+        return "built" if self.groups > 1 else choose_form(_conv_sizes(self, x, delta), wanted, machine=machine_of(x))
 
     return _adapted_forward(self, x, self._conv_forward, form, _add_convolution)
 
@@ -239,7 +272,7 @@ def _transposed(self: Any, x: Tensor, output_size: list[int] | None = None) -> T
         return CONV_TRANSPOSE[n_kernel](x, weight, bias, *options)
 
     def form(delta: TuckerDelta, wanted: bool) -> str:
-        return "built" if self.groups > 1 else choose_form(_conv_sizes(self, x, delta), wanted, folds=False)
+        return "built" if self.groups > 1 else choose_form(_conv_sizes(self, x, delta), wanted, False, machine_of(x))
 
     def add(self: Any, x: Tensor, y: Tensor, delta: TuckerDelta, form: str) -> Tensor:
         core, (A_in, A_out, *kernel_factors), scale = delta.update
