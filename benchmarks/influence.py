@@ -8,25 +8,24 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from probtensor.inference.influence import influence
+from probtensor.inference.influence import influence, output_layer_influence
 
-__all__ = ["DainNetwork", "influence_lines", "jobs_of", "of_hidden"]
+__all__ = ["DainNetwork", "influence_lines", "jobs_of"]
 
 N_LABELS = 1000  # of each of three modes
 WIDTHS = (150, 1024, 1024, 128)
 QUERY = 2000
 Rows = tuple[Tensor, Tensor]
-Step = tuple[Tensor, Tensor, Tensor, Tensor, float]  # hidden (n, d), errors (n,), those of the query rows, rate
 
 KINDS = {
     "last": "output layer",
-    "given": "the same, hidden values and errors given (prototype)",
+    "given": "the same, hidden values and errors given",
     "all": "all parameters",
 }
 
@@ -46,21 +45,6 @@ class DainNetwork(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.out(self.hidden(labels)).squeeze(1)
-
-
-def of_hidden(steps: Iterable[Step]) -> Tensor:
-    """Scores of the output layer, summed over checkpoints, from hidden values that the caller has at hand.
-
-    Two products of a matrix and a vector a checkpoint. A generator gives one checkpoint after the other, so that only
-    one is in memory; training that ends an epoch with predictions of all rows has them without another pass.
-    """
-    total: Tensor | None = None
-    for hidden, errors, query_hidden, query_errors, rate in steps:
-        scores = errors * torch.addmv(query_errors.sum(), hidden, query_errors @ query_hidden)
-        total = rate * scores if total is None else total.add_(scores, alpha=rate)
-    if total is None:
-        raise ValueError("steps: expected at least one checkpoint")
-    return total
 
 
 def jobs_of(kinds: Sequence[str], sizes: Sequence[int]) -> list[tuple[str, int, int]]:
@@ -122,7 +106,7 @@ def _work(
 ) -> Callable[[], Tensor]:
     if kind == "given":
         (hidden, errors), query = (_hidden(module, part, chunk) for part in rows)
-        return lambda: of_hidden((hidden, errors, *query, 1e-3) for _ in range(checkpoints))
+        return lambda: output_layer_influence((hidden, errors, *query, 1e-3) for _ in range(checkpoints))
     at = [(module.state_dict(), 1e-3)] * checkpoints
     return lambda: influence(module, *rows, parameters=kind, checkpoints=at, chunk=chunk)  # type: ignore[arg-type]
 

@@ -19,7 +19,7 @@ Alistarh (2021), "M-FAC: Efficient Matrix-Free Approximations of Second-Order In
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, final
 
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
 
 from probtensor.comm import Comm, Serial
+from probtensor.inference.fisher import inverse_product
 
-__all__ = ["MFAC", "GaussNewton", "GradientRing", "Preconditioner", "influence", "inverse_product"]
+__all__ = ["MFAC", "GaussNewton", "Preconditioner", "influence", "output_layer_influence"]
 
 Rows = tuple[Tensor, Tensor]  # inputs (n, …) and values (n,)
+HiddenStep = tuple[Tensor, Tensor, Tensor, Tensor, float]  # hidden, errors, those of the query rows, rate
 Parameters = dict[str, Tensor]
 Link = Callable[[Tensor], Tensor] | None  # from predictions to means; None: they are the same
 CHUNK = 4096  # rows in one pass
@@ -206,74 +208,41 @@ class MFAC:
         return inverse_product(torch.stack(gradients), v, self.damping)
 
 
-def inverse_product(gradients: Tensor, v: Tensor, damping: float) -> Tensor:
-    """``(damping + G'G / m)^-1 v`` without a matrix of the parameters' size, by Woodbury's identity.
+def output_layer_influence(steps: Iterable[HiddenStep]) -> Tensor:
+    """Influence through an output layer with a bias, from what the layer was given: no pass through the network.
+
+    Training that ends an epoch with predictions of all rows has these at hand. Two products of a matrix and a vector a
+    checkpoint; a generator as argument lets one checkpoint after the other be in memory.
 
     Parameters
     ----------
-    gradients : Tensor, shape (m, P)
-        ``G``.
-    v : Tensor, shape (P,)
-    damping : float
-        Above 0.
+    steps : iterable of (hidden, errors, query_hidden, query_errors, rate)
+        One a checkpoint: what the layer was given (n, d), predictions less values (n,), the same of the query rows,
+        (m, d) and (m,), and the learning rate.
 
     Returns
     -------
-    Tensor, shape (P,)
-        O(m P) operations and a solve of m equations.
+    Tensor, shape (n,)
+        As ``influence(..., parameters="last")`` gives it.
+
+    Raises
+    ------
+    ValueError
+        If there is no checkpoint.
+
+    Examples
+    --------
+    >>> hidden, errors = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 0.0])
+    >>> output_layer_influence([(hidden, errors, torch.tensor([[1.0]]), torch.tensor([0.5]), 1.0)])
+    tensor([1., 0.])
     """
-    m = len(gradients)
-    gram = gradients @ gradients.T
-    gram.diagonal().add_(damping * m)
-    explained: Tensor = gradients.T @ torch.linalg.solve(gram, gradients @ v)
-    return (v - explained) / damping
-
-
-@final
-class GradientRing:
-    """The last m gradients, and products with the inverse of their damped Fisher matrix: M-FAC's dynamic form.
-
-    A new gradient takes the place of the oldest, and changes one row and column of the Gram matrix: O(m P) operations,
-    as a product takes.
-
-    Parameters
-    ----------
-    size : int
-        ``m``.
-    damping : float
-        Above 0.
-    """
-
-    def __init__(self, size: int, damping: float) -> None:
-        if not size >= 1:
-            raise ValueError(f"size: expected an integer of at least 1, got {size!r}")
-        if not damping > 0:
-            raise ValueError(f"damping: expected a number above 0, got {damping!r}")
-        self.size, self.damping = size, damping
-        self._gradients: Tensor | None = None
-        self._gram: Tensor | None = None
-        self._count = 0
-
-    def push(self, gradient: Tensor) -> None:
-        """Take in a gradient (P,)."""
-        if self._gradients is None or self._gram is None:
-            self._gradients = gradient.new_zeros(self.size, len(gradient))
-            self._gram = gradient.new_zeros(self.size, self.size)
-        place = self._count % self.size
-        self._gradients[place] = gradient
-        self._gram[place] = self._gram[:, place] = self._gradients @ gradient
-        self._count += 1
-
-    def product(self, v: Tensor) -> Tensor:
-        """``(damping + G'G / m)^-1 v`` with the gradients so far, shape (P,)."""
-        m = min(self._count, self.size)
-        if m == 0 or self._gradients is None or self._gram is None:
-            return v / self.damping
-        G = self._gradients[:m]
-        gram = self._gram[:m, :m].clone()
-        gram.diagonal().add_(self.damping * m)
-        explained: Tensor = G.T @ torch.linalg.solve(gram, G @ v)
-        return (v - explained) / self.damping
+    total: Tensor | None = None
+    for hidden, errors, query_hidden, query_errors, rate in steps:
+        scores = errors * torch.addmv(query_errors.sum(), hidden, query_errors @ query_hidden)
+        total = rate * scores if total is None else total.add_(scores, alpha=rate)
+    if total is None:
+        raise ValueError("steps: expected at least one checkpoint, got none")
+    return total
 
 
 def _of_output_layer(

@@ -355,17 +355,6 @@ def test_the_table_of_datamodels_has_a_line_for_every_score(folder, monkeypatch)
     assert "nan" not in "".join(lines)
 
 
-def test_given_hidden_values_give_the_scores_of_the_output_layer():
-    torch.manual_seed(0)
-    module = influence.DainNetwork(5, (6, 8, 4))
-    rows = [(torch.randint(5, (n, 3)), torch.randn(n)) for n in (30, 7)]
-    (hidden, errors), query = (influence._hidden(module, part, 4) for part in rows)
-    found = influence.of_hidden([(hidden, errors, *query, rate) for rate in (0.5, 0.25)])
-    torch.testing.assert_close(found, 0.75 * scores_of(module, *rows))
-    with pytest.raises(ValueError, match="steps: expected at least one checkpoint"):
-        influence.of_hidden([])
-
-
 @pytest.mark.parametrize("kind", influence.KINDS)
 def test_influence_is_measured(kind):
     found = influence.measure(kind, 100, 2, "cpu", 64)

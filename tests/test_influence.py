@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from probtensor.inference.influence import MFAC, GaussNewton, GradientRing, influence, inverse_product
+from probtensor.inference.fisher import GradientRing, inverse_product
+from probtensor.inference.influence import MFAC, GaussNewton, influence, output_layer_influence
 
 F64 = torch.float64
 
@@ -60,6 +61,19 @@ def test_scores_are_products_of_gradients(bias: bool, parameters: str, chunk: in
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     magnitude = influence(net, train, query, parameters=parameters, signed=False)
     torch.testing.assert_close(magnitude, expected.abs(), rtol=1e-10, atol=1e-10)
+
+
+def test_scores_from_what_the_output_layer_was_given_are_those_of_the_module() -> None:
+    net, train, query = problem()
+    parts = []
+    for X, y in (train, query):
+        z = torch.cat([net.first(X[:, 0]), net.second(X[:, 1])], dim=1)
+        hidden = net.layers[:2](z).detach()
+        parts += [hidden, (net.layers[2](hidden).squeeze(-1) - y).detach()]
+    found = output_layer_influence([(*parts, rate) for rate in (0.5, 0.25)])
+    torch.testing.assert_close(found, 0.75 * influence(net, train, query), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="steps: expected at least one checkpoint, got none"):
+        output_layer_influence([])
 
 
 def test_scores_add_up_over_checkpoints() -> None:
