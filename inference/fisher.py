@@ -1,6 +1,7 @@
 """Products with the inverse of a damped empirical Fisher matrix, whose gradients are stored: those of M-FAC.
 
-The matrix ``F = G'G / m`` of m gradients, the rows of G (m, P), is never formed; Woodbury's identity leaves m equations.
+The matrix ``F = G'G / m`` of m gradients, the rows of G (m, P), is never formed; by Woodbury's identity m equations
+are left.
 
 References
 ----------
