@@ -75,7 +75,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         Numbers that the network knows of each label.
     hidden : sequence of int, default (128, 64)
         Widths of the network's layers; the first is the number of channels with ``head="costco"``.
-    weight_decay : float or sequence of float, default (1.0, 10.0)
+    weight_decay : float or sequence of float, default (0.1, 1.0, 10.0)
         Decoupled decay of all parameters, in multiples of the learning rate; each gives candidates of its own.
     n_members : int, default 5
         Members of each ensemble. Each leaves out a fifth of the rows, or one in `n_members` if that is less.
@@ -151,7 +151,7 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         interactions: bool = True,
         embedding: int = 16,
         hidden: Sequence[int] = (128, 64),
-        weight_decay: float | Sequence[float] = (1.0, 10.0),
+        weight_decay: float | Sequence[float] = (0.1, 1.0, 10.0),
         n_members: int = 5,
         learning_rate: float = 0.01,
         batch_size: int = 1024,

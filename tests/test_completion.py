@@ -227,7 +227,7 @@ def test_a_fresh_process_loads_the_model_and_predicts_the_same_bits(quick, tmp_p
     loaded = pt.load(tmp_path / "a.model")
     assert loaded.weights_ == quick.weights_
     assert loaded.best_epochs_ == quick.best_epochs_
-    assert loaded.get_params() == quick.get_params() | {"hidden": [8], "weight_decay": [1.0, 10.0]}
+    assert loaded.get_params() == quick.get_params() | {"hidden": [8], "weight_decay": [0.1, 1.0, 10.0]}
 
 
 def test_a_continuous_mode_is_saved_too(tmp_path):
