@@ -36,6 +36,7 @@ METHODS = {
 }
 ADAPTERS = ("flora", "paper", "lora", "loha", "lokr", "locon")
 PACKAGES = {"lora": ("peft",), "loha": ("peft", "lycoris"), "lokr": ("peft", "lycoris"), "locon": ("lycoris",)}
+LOKR_FACTOR = 4  # of the Kronecker product; the default leaves no rank that trains as many parameters as LoRA
 OURS: dict[str, Any] = {"init": "gradient", "factor_rate": 1.0, "kernel_r": 99, "relative": False}
 
 
@@ -123,7 +124,7 @@ def attach_peft(kind: str) -> Callable[[nn.Module, list[str], int], None]:
         elif kind == "LoHa":
             config = peft.LoHaConfig(r=rank, alpha=rank, target_modules=names)
         else:
-            config = peft.LoKrConfig(r=rank, alpha=rank, target_modules=names, decompose_both=True)
+            config = peft.LoKrConfig(r=rank, alpha=rank, target_modules=names, decompose_factor=LOKR_FACTOR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             peft.inject_adapter_in_model(config, network)
@@ -138,9 +139,8 @@ def attach_lycoris(algorithm: str, tucker: bool = False) -> Callable[[nn.Module,
 
         LycorisNetwork.apply_preset({"target_name": names, "target_module": [], "enable_conv": True})
         sizes = {"linear_dim": rank, "linear_alpha": rank, "conv_dim": rank, "conv_alpha": rank}
-        added = create_lycoris(
-            network, 1.0, algo=algorithm, use_tucker=tucker, **sizes, **({"decompose_both": True} if algorithm == "lokr" else {})
-        )
+        more = {"factor": LOKR_FACTOR} if algorithm == "lokr" else {}
+        added = create_lycoris(network, 1.0, algo=algorithm, use_tucker=tucker, **sizes, **more)
         added.apply_to()
         assert len(added.loras) == len(names), (len(added.loras), names)
         network.lycoris = added.requires_grad_(True)
