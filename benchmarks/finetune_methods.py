@@ -1,13 +1,14 @@
 """Ways to fine-tune a network: each makes part of it trainable and gives the optimizer's groups.
 
-`attach(method, network, targets, rank, …)` returns groups of parameters with their learning rate's factor. Ranks are chosen
-by `matched_rank`, so that all adapters train as many parameters as LoRA does.
+`attach` returns groups of parameters with their learning rate's factor. Ranks are chosen by `matched_rank`, so that all
+adapters train as many parameters as LoRA does.
 """
 
 import copy
 import importlib.util
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ METHODS = {
 ADAPTERS = ("flora", "paper", "lora", "loha", "lokr", "locon")
 PACKAGES = {"lora": ("peft",), "loha": ("peft", "lycoris"), "lokr": ("peft", "lycoris"), "locon": ("lycoris",)}
 LOKR_FACTOR = 4  # of the Kronecker product; the default leaves no rank that trains as many parameters as LoRA
-OURS: dict[str, Any] = {"init": "gradient", "factor_rate": 1.0, "kernel_r": 99, "relative": False}
+OURS: dict[str, Any] = {"init": "gradient", "factor_rate": 1.0, "kernel_r": 99, "relative": False, "allot": None}
 
 
 def needs(method: str) -> list[str]:
@@ -72,20 +73,60 @@ def attach(
     return groups
 
 
-def attach_flora(
-    network: Any, names: list[str], rank: int, seed: int, loss: Loss, ours: dict[str, Any]
-) -> Groups:
-    config = FLoRAConfig(r=rank, kernel_r=ours["kernel_r"], target_modules=names, init=ours["init"], random_state=seed)
+def attach_flora(network: Any, names: list[str], rank: int, seed: int, loss: Loss, ours: dict[str, Any]) -> Groups:
+    start, allot = ours["init"], ours["allot"]
+    config = FLoRAConfig(r=rank, kernel_r=ours["kernel_r"], target_modules=names, init=start, random_state=seed)
+    gradients = weight_gradients(network, config, *loss) if loss[1] and (start == "gradient" or allot) else None
+    changes: dict[str, Any] = {}
+    if gradients is not None and allot is not None:
+        changes["rank_pattern"] = {
+            re.escape(name): ranks for name, ranks in allotted_ranks(gradients, rank, allot).items()
+        }
     if ours["relative"]:
         sizes = {name: float(network.get_submodule(name).weight.square().mean().sqrt()) for name in names}
         mean = math.exp(sum(map(math.log, sizes.values())) / len(sizes))
-        alphas = {name.replace(".", r"\."): size / mean for name, size in sizes.items()}
-        config = FLoRAConfig(**{**config.as_dict(), "alpha_pattern": alphas})
-    gradients = weight_gradients(network, config, *loss) if ours["init"] == "gradient" else None
-    adapters = inject_adapters(network, config, gradients=gradients)
+        changes["alpha_pattern"] = {re.escape(name): size / mean for name, size in sizes.items()}
+    config = FLoRAConfig(**{**config.as_dict(), **changes})
+    adapters = inject_adapters(network, config, gradients=gradients if start == "gradient" else None)
     parameters = [(name, p) for d in adapters.deltas("default").values() for name, p in d.named_parameters()]
     core = [p for name, p in parameters if name == "core"]
     return [(core, 1.0), ([p for name, p in parameters if name != "core"], ours["factor_rate"])]
+
+
+def allotted_ranks(gradients: dict[str, Tensor], lora_rank: int, power: float) -> dict[str, tuple[int, ...]]:
+    """Ranks of inputs and outputs of each layer for as many parameters as LoRA has with one rank for all.
+
+    From ranks of 1, the next step is always the one that captures most of the gradient for a parameter: of the norm of
+    its truncated HOSVD, to this power of the layer's whole norm.
+    """
+    shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
+    budget = sum(lora_rank * (shape[0] + math.prod(shape[1:])) for shape in shapes.values())
+    ranks, captured = dict.fromkeys(shapes, (1, 1)), {}
+    for name, gradient in gradients.items():
+        first = torch.linalg.svd(gradient.flatten(1), full_matrices=False)[0]
+        second = torch.linalg.svd(gradient.transpose(0, 1).flatten(1), full_matrices=False)[0]
+        core = torch.einsum("oi...,op,iq->pq...", gradient, first, second)
+        energy = core.square().flatten(2).sum(2).cumsum(0).cumsum(1)
+        captured[name] = energy / energy[-1, -1] ** (1 - power / 2)
+
+    def size(name: str, pair: tuple[int, int]) -> int:
+        shape = shapes[name]
+        return pair[0] * pair[1] * math.prod(shape[2:]) + sum(i * r for i, r in zip(shape, pair, strict=False) if r < i)
+
+    total = sum(size(name, pair) for name, pair in ranks.items())
+    while True:
+        best, chosen = 0.0, None
+        for name, (a, b) in ranks.items():
+            for pair in ((a + 1, b), (a, b + 1), (a + 1, b + 1)):
+                if pair[0] > captured[name].shape[0] or pair[1] > captured[name].shape[1]:
+                    continue
+                more = size(name, pair) - size(name, (a, b))
+                gain = float(captured[name][pair[0] - 1, pair[1] - 1] - captured[name][a - 1, b - 1]) / max(more, 1)
+                if total + more <= budget and gain > best:
+                    best, chosen = gain, (name, pair, more)
+        if chosen is None:
+            return {name: (*pair, *shapes[name][2:]) for name, pair in ranks.items()}
+        ranks[chosen[0]], total = chosen[1], total + chosen[2]
 
 
 class PublishedDelta(nn.Module):
@@ -157,9 +198,11 @@ ATTACH: dict[str, Callable[[nn.Module, list[str], int], None]] = {
 }
 
 
-def matched_rank(method: str, make: Callable[[], nn.Module], targets: Sequence[str], rank: int, ours: dict[str, Any]) -> int:
-    """The rank whose number of trained parameters is nearest to LoRA's of `rank`, ours not above it by more than 2 %."""
-    if method in ("full", "head", "lora"):
+def matched_rank(
+    method: str, make: Callable[[], nn.Module], targets: Sequence[str], rank: int, ours: dict[str, Any]
+) -> int:
+    """The rank whose number of trained parameters is nearest to LoRA's of `rank`, ours at most 2 % above."""
+    if method in ("full", "head", "lora") or (method == "flora" and ours["allot"] is not None):
         return rank
 
     def count(method: str, rank: int) -> int:

@@ -41,7 +41,7 @@ class SpectralNet(Network):
 
 
 class RNet(Network):
-    """The refining network of MTCNN (Zhang et al., 2016), for pictures of 24 × 24 pixels with one channel, from 0 to 255."""
+    """The refining network of MTCNN (Zhang et al., 2016), for grey pictures of 24 × 24 pixels from 0 to 255."""
 
     def __init__(self, n_classes: int) -> None:
         super().__init__()
