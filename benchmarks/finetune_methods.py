@@ -38,7 +38,14 @@ METHODS = {
 ADAPTERS = ("flora", "paper", "lora", "loha", "lokr", "locon")
 PACKAGES = {"lora": ("peft",), "loha": ("peft", "lycoris"), "lokr": ("peft", "lycoris"), "locon": ("lycoris",)}
 LOKR_FACTOR = 4  # of the Kronecker product; the default leaves no rank that trains as many parameters as LoRA
-OURS: dict[str, Any] = {"init": "gradient", "factor_rate": 1.0, "kernel_r": 99, "relative": False, "allot": None}
+OURS: dict[str, Any] = {
+    "init": "gradient",
+    "factor_rate": 1.0,
+    "kernel_r": 99,
+    "relative": False,
+    "allot": None,
+    "alpha": 1.0,
+}
 
 
 def needs(method: str) -> list[str]:
@@ -77,15 +84,14 @@ def attach_flora(network: Any, names: list[str], rank: int, seed: int, loss: Los
     start, allot = ours["init"], ours["allot"]
     config = FLoRAConfig(r=rank, kernel_r=ours["kernel_r"], target_modules=names, init=start, random_state=seed)
     gradients = weight_gradients(network, config, *loss) if loss[1] and (start == "gradient" or allot) else None
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"alpha": ours["alpha"]}
     if gradients is not None and allot is not None:
         changes["rank_pattern"] = {
             re.escape(name): ranks for name, ranks in allotted_ranks(gradients, rank, allot).items()
         }
     if ours["relative"]:
         sizes = {name: float(network.get_submodule(name).weight.square().mean().sqrt()) for name in names}
-        mean = math.exp(sum(map(math.log, sizes.values())) / len(sizes))
-        changes["alpha_pattern"] = {re.escape(name): size / mean for name, size in sizes.items()}
+        changes["alpha_pattern"] = {re.escape(name): ours["alpha"] * size for name, size in sizes.items()}
     config = FLoRAConfig(**{**config.as_dict(), **changes})
     adapters = inject_adapters(network, config, gradients=gradients if start == "gradient" else None)
     parameters = [(name, p) for d in adapters.deltas("default").values() for name, p in d.named_parameters()]
@@ -106,7 +112,7 @@ def allotted_ranks(gradients: dict[str, Tensor], lora_rank: int, power: float) -
         first = torch.linalg.svd(gradient.flatten(1), full_matrices=False)[0]
         second = torch.linalg.svd(gradient.transpose(0, 1).flatten(1), full_matrices=False)[0]
         core = torch.einsum("oi...,op,iq->pq...", gradient, first, second)
-        energy = core.square().flatten(2).sum(2).cumsum(0).cumsum(1)
+        energy = core.square().reshape(*core.shape[:2], -1).sum(2).cumsum(0).cumsum(1)
         captured[name] = energy / energy[-1, -1] ** (1 - power / 2)
 
     def size(name: str, pair: tuple[int, int]) -> int:

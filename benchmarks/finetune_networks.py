@@ -22,11 +22,11 @@ class Network(nn.Module):
 
 
 class SpectralNet(Network):
-    """3-D convolutions over bands and a window of 5 × 5 pixels: ``(n, bands, 5, 5)``."""
+    """3-D convolutions over bands and a window of 3 × 3 pixels: ``(n, bands, 3, 3)``."""
 
     def __init__(self, n_classes: int, width: int = 16) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(1, width, (7, 3, 3), stride=(3, 1, 1))
+        self.conv1 = nn.Conv3d(1, width, (7, 3, 3), stride=(3, 1, 1), padding=(0, 1, 1))
         self.conv2 = nn.Conv3d(width, 2 * width, (5, 3, 3), stride=(3, 1, 1), padding=(0, 1, 1))
         self.conv3 = nn.Conv3d(2 * width, 4 * width, 3, stride=(2, 1, 1))
         self.dense = nn.LazyLinear(4 * width)

@@ -120,7 +120,7 @@ def table(job: str, rates: dict[str, float], results: Results, seeds: int, split
         rate = "" if method == "head" else f"{rates[method]:g}"
         lines.append(
             f"| {METHODS[method]} | {found[0].parameters:,} | {rate} "
-            f"| {statistics.mean(own):.1f} ± {deviation(own):.1f} | {to_lora} | {difference(ours, own) if ours else ''} "
+            f"| {statistics.mean(own):.1f} ± {deviation(own):.1f} | {to_lora} | {difference(ours, own)} "
             f"| {1e3 * statistics.median(outcome.seconds for outcome in found):.1f} |"
         )
     return lines
@@ -130,9 +130,9 @@ def deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def difference(first: list[float], second: list[float] | None) -> str:
+def difference(first: list[float] | None, second: list[float] | None) -> str:
     """Mean of the paired differences ± its standard error."""
-    if second is None:
+    if first is None or second is None:
         return ""
     gaps = [a - b for a, b in zip(first, second, strict=True)]
     return f"{statistics.mean(gaps):+.2f} ± {deviation(gaps) / math.sqrt(len(gaps)):.2f}"
