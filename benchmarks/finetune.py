@@ -23,7 +23,9 @@ class Outcome(NamedTuple):
 _RANKS: dict[Any, int] = {}
 
 
-def run(job: Job, method: str, rate: float, seed: int, tuning: bool, ours: dict[str, Any] = OURS) -> Outcome:
+def run(
+    job: Job, method: str, rate: float, ratio: float, seed: int, tuning: bool, ours: dict[str, Any] = OURS
+) -> Outcome:
     """Train on a seed's training examples and count what is right among its evaluation examples.
 
     A seed gives all methods the same examples, head and batches.
@@ -42,7 +44,9 @@ def run(job: Job, method: str, rate: float, seed: int, tuning: bool, ours: dict[
     def loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
         return F.cross_entropy(model(*[each[batch] for each in job.inputs]), labels[batch])
 
-    groups = attach(method, network, settings.targets, _RANKS[key], seed, (loss, batches), ours)
+    groups = attach(
+        method, network, settings.targets, _RANKS[key], seed, (loss, batches), {**ours, "factor_rate": ratio}
+    )
     network.to(device)
     options = [{"params": parameters, "lr": rate * factor} for parameters, factor in groups if parameters]
     head = {"params": list(network.head.parameters()), "lr": settings.head_rate}

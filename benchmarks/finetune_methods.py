@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from probtensor.models import FLoRAConfig, inject_adapters
-from probtensor.models.adapter_starts import weight_gradients
+from probtensor.models.adapter_starts import gradient_ranks, weight_gradients
 
 __all__ = ["ADAPTERS", "METHODS", "OURS", "attach", "matched_rank", "n_trained", "needs"]
 
@@ -43,7 +43,7 @@ OURS: dict[str, Any] = {
     "factor_rate": 1.0,
     "kernel_r": 99,
     "relative": True,
-    "allot": 2.0,
+    "allot": True,
     "alpha": 1.0,
 }
 
@@ -85,10 +85,9 @@ def attach_flora(network: Any, names: list[str], rank: int, seed: int, loss: Los
     config = FLoRAConfig(r=rank, kernel_r=ours["kernel_r"], target_modules=names, init=start, random_state=seed)
     gradients = weight_gradients(network, config, *loss) if loss[1] and (start == "gradient" or allot) else None
     changes: dict[str, Any] = {"alpha": ours["alpha"]}
-    if gradients is not None and allot is not None:
-        changes["rank_pattern"] = {
-            re.escape(name): ranks for name, ranks in allotted_ranks(gradients, rank, allot).items()
-        }
+    if gradients is not None and allot:
+        ranks = gradient_ranks(gradients, rank)
+        changes["rank_pattern"] = {re.escape(name): found for name, found in ranks.items()}
     if ours["relative"]:
         sizes = {name: float(network.get_submodule(name).weight.square().mean().sqrt()) for name in names}
         changes["alpha_pattern"] = {re.escape(name): ours["alpha"] * size for name, size in sizes.items()}
@@ -97,42 +96,6 @@ def attach_flora(network: Any, names: list[str], rank: int, seed: int, loss: Los
     parameters = [(name, p) for d in adapters.deltas("default").values() for name, p in d.named_parameters()]
     core = [p for name, p in parameters if name == "core"]
     return [(core, 1.0), ([p for name, p in parameters if name != "core"], ours["factor_rate"])]
-
-
-def allotted_ranks(gradients: dict[str, Tensor], lora_rank: int, power: float) -> dict[str, tuple[int, ...]]:
-    """Ranks of inputs and outputs of each layer for as many parameters as LoRA has with one rank for all.
-
-    From ranks of 1, the next step is always the one that captures most of the gradient for a parameter: of the norm of
-    its truncated HOSVD, to this power of the layer's whole norm.
-    """
-    shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
-    budget = sum(lora_rank * (shape[0] + math.prod(shape[1:])) for shape in shapes.values())
-    ranks, captured = dict.fromkeys(shapes, (1, 1)), {}
-    for name, gradient in gradients.items():
-        first = torch.linalg.svd(gradient.flatten(1), full_matrices=False)[0]
-        second = torch.linalg.svd(gradient.transpose(0, 1).flatten(1), full_matrices=False)[0]
-        core = torch.einsum("oi...,op,iq->pq...", gradient, first, second)
-        energy = core.square().reshape(*core.shape[:2], -1).sum(2).cumsum(0).cumsum(1)
-        captured[name] = energy / energy[-1, -1] ** (1 - power / 2)
-
-    def size(name: str, pair: tuple[int, int]) -> int:
-        shape = shapes[name]
-        return pair[0] * pair[1] * math.prod(shape[2:]) + sum(i * r for i, r in zip(shape, pair, strict=False) if r < i)
-
-    total = sum(size(name, pair) for name, pair in ranks.items())
-    while True:
-        best, chosen = 0.0, None
-        for name, (a, b) in ranks.items():
-            for pair in ((a + 1, b), (a, b + 1), (a + 1, b + 1)):
-                if pair[0] > captured[name].shape[0] or pair[1] > captured[name].shape[1]:
-                    continue
-                more = size(name, pair) - size(name, (a, b))
-                gain = float(captured[name][pair[0] - 1, pair[1] - 1] - captured[name][a - 1, b - 1]) / max(more, 1)
-                if total + more <= budget and gain > best:
-                    best, chosen = gain, (name, pair, more)
-        if chosen is None:
-            return {name: (*pair, *shapes[name][2:]) for name, pair in ranks.items()}
-        ranks[chosen[0]], total = chosen[1], total + chosen[2]
 
 
 class PublishedDelta(nn.Module):
@@ -208,7 +171,7 @@ def matched_rank(
     method: str, make: Callable[[], nn.Module], targets: Sequence[str], rank: int, ours: dict[str, Any]
 ) -> int:
     """The rank whose number of trained parameters is nearest to LoRA's of `rank`, ours at most 2 % above."""
-    if method in ("full", "head", "lora") or (method == "flora" and ours["allot"] is not None):
+    if method in ("full", "head", "lora") or (method == "flora" and ours["allot"]):
         return rank
 
     def count(method: str, rank: int) -> int:

@@ -17,22 +17,27 @@ from benchmarks.finetune_methods import ADAPTERS, METHODS
 
 __all__ = ["RATES", "Task", "chosen_rates", "run_all", "table", "tasks_of", "tuning_tasks"]
 
-RATES = {  # five for each method, each about three times the one before
+# Five settings for each method: learning rates, each about three times the one before. Ours are of the core, in units
+# of the root mean square of a layer's weight, beside how many times as fast the factors learn.
+SINGLE = {
     "full": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
-    "head": (1e-3,),
-    "flora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "head": (0.0,),
     "paper": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "loha": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "lokr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "locon": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
+Rate = tuple[float, float]
+RATES: dict[str, list[Rate]] = {method: [(rate, 1.0) for rate in rates] for method, rates in SINGLE.items()}
+RATES["flora"] = [(1e-2, 1.0), (1e-2, 3.0), (1e-2, 10.0), (3e-2, 1.0), (3e-2, 3.0)]
 
 
 class Task(NamedTuple):
     job: str
     method: str
     rate: float
+    ratio: float
     seed: int
     tuning: bool
 
@@ -41,25 +46,27 @@ Results = dict[Task, Outcome]
 
 
 def tuning_tasks(job: str, methods: list[str], splits: int) -> list[Task]:
+    """Every rate of every method on every split; a single rate needs one run, of which nothing depends."""
     return [
-        Task(job, m, rate, split, True)
-        for m in methods
-        if len(RATES[m]) > 1
-        for rate in RATES[m]
-        for split in range(splits)
-    ] + [Task(job, m, RATES[m][0], 0, True) for m in methods if len(RATES[m]) == 1]
+        Task(job, method, *rate, split, True)
+        for method in methods
+        for rate in RATES[method]
+        for split in range(splits if len(RATES[method]) > 1 else 1)
+    ]
 
 
-def tasks_of(job: str, rates: dict[str, float], seeds: int) -> list[Task]:
-    return [Task(job, method, rate, seed, False) for seed in range(seeds) for method, rate in rates.items()]
+def tasks_of(job: str, rates: dict[str, Rate], seeds: int) -> list[Task]:
+    return [Task(job, method, *rate, seed, False) for seed in range(seeds) for method, rate in rates.items()]
 
 
-def chosen_rates(results: Results) -> dict[str, float]:
-    """For each method the learning rate of the best mean accuracy over the validation splits."""
-    scores: dict[str, dict[float, list[float]]] = {}
+def chosen_rates(results: Results) -> dict[str, Rate]:
+    """For each method the learning rates of the best mean accuracy over the validation splits."""
+    scores: dict[str, dict[Rate, list[float]]] = {}
     for task, outcome in results.items():
-        scores.setdefault(task.method, {}).setdefault(task.rate, []).append(outcome.accuracy)
-    return {m: max(rates, key=lambda rate: statistics.mean(rates[rate])) for m, rates in scores.items()}
+        scores.setdefault(task.method, {}).setdefault((task.rate, task.ratio), []).append(outcome.accuracy)
+    return {
+        method: max(RATES[method], key=lambda rate: statistics.mean(found[rate])) for method, found in scores.items()
+    }
 
 
 def run_all(tasks: list[Task], data: Path, device: str, workers: int, runs: Path | None) -> Results:
@@ -83,7 +90,7 @@ def run_all(tasks: list[Task], data: Path, device: str, workers: int, runs: Path
 
 def one(task: Task, data: Path, device: str) -> Outcome:
     torch.set_num_threads(1)
-    return run(cached_job(data, task.job, device), task.method, task.rate, task.seed, task.tuning)
+    return run(cached_job(data, task.job, device), task.method, task.rate, task.ratio, task.seed, task.tuning)
 
 
 @functools.lru_cache(1)
@@ -102,7 +109,7 @@ def add_run(runs: Path | None, task: Task, outcome: Outcome) -> None:
             file.write(json.dumps([task, outcome]) + "\n")
 
 
-def table(job: str, rates: dict[str, float], results: Results, seeds: int, splits: int) -> list[str]:
+def table(job: str, rates: dict[str, Rate], results: Results, seeds: int, splits: int) -> list[str]:
     """Lines of Markdown: a job's methods, and their differences, seed by seed, to LoRA and to ours."""
     title = f"**{SETTINGS[job].title}** ({seeds} seeds; learning rates by {splits} validation splits)"
     lines = [
@@ -111,13 +118,14 @@ def table(job: str, rates: dict[str, float], results: Results, seeds: int, split
         "| method | trained | rate | accuracy, % | − LoRA | ours − it | ms a step |",
         "|---|" + "---:|" * 6,
     ]
-    outcomes = {m: [results[Task(job, m, rate, seed, False)] for seed in range(seeds)] for m, rate in rates.items()}
+    outcomes = {m: [results[Task(job, m, *rate, seed, False)] for seed in range(seeds)] for m, rate in rates.items()}
     scores = {method: [outcome.accuracy for outcome in found] for method, found in outcomes.items()}
     for method, found in outcomes.items():
         own = scores[method]
         to_lora = difference(own, scores.get("lora")) if method != "lora" else ""
         ours = scores.get("flora") if method in ADAPTERS and method != "flora" else None
-        rate = "" if method == "head" else f"{rates[method]:g}"
+        rate = "" if method == "head" else f"{rates[method][0]:g}"
+        rate += f" × {rates[method][1]:g}" if method == "flora" else ""
         lines.append(
             f"| {METHODS[method]} | {found[0].parameters:,} | {rate} "
             f"| {statistics.mean(own):.1f} ± {deviation(own):.1f} | {to_lora} | {difference(ours, own)} "
