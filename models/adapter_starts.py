@@ -116,9 +116,12 @@ def gradient_ranks(gradients: Mapping[str, Tensor], r: int) -> dict[str, tuple[i
 
 def _captured(gradient: Tensor) -> list[list[float]]:
     """Squared norm of the HOSVD cut to each pair of ranks of the first two modes; less than rounding counts as none."""
-    first, second = (torch.linalg.svd(gradient.movedim(n, 0).flatten(1), full_matrices=False)[0] for n in (0, 1))
-    core = torch.einsum("oi...,op,iq->pq...", gradient, first, second)
-    energy = core.square().reshape(*core.shape[:2], -1).sum(2)
+    if gradient.ndim == 2:
+        energy = torch.diag(torch.linalg.svdvals(gradient).square())
+    else:
+        first, second = (torch.linalg.svd(gradient.movedim(n, 0).flatten(1), full_matrices=False)[0] for n in (0, 1))
+        core = torch.einsum("oi...,op,iq->pq...", gradient, first, second)
+        energy = core.square().flatten(2).sum(2)
     energy = torch.where(energy > 1e-12 * energy.sum(), energy, 0.0)
     table: list[list[float]] = energy.cumsum(0).cumsum(1).tolist()
     return table
