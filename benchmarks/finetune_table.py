@@ -24,13 +24,13 @@ SINGLE = {
     "head": (0.0,),
     "paper": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    "loha": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "loha": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "lokr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "locon": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
 Rate = tuple[float, float]
 RATES: dict[str, list[Rate]] = {method: [(rate, 1.0) for rate in rates] for method, rates in SINGLE.items()}
-RATES["flora"] = [(1e-2, 1.0), (1e-2, 3.0), (1e-2, 10.0), (3e-2, 1.0), (3e-2, 3.0)]
+RATES["flora"] = [(1e-2, 3.0), (1e-2, 10.0), (3e-2, 1.0), (3e-2, 3.0), (1e-1, 1.0)]
 
 
 class Task(NamedTuple):
