@@ -39,13 +39,15 @@ def finetune(
         missing = needs(method)
         wanted += [] if missing else [method]
         skipped += [f"{METHODS[method]}: left out, as {' and '.join(missing)} is not installed."] if missing else []
-    lines = [f"{machine(device)}; {versions()}; {workers} processes with one thread each.", "", *skipped]
+    running = "one process" if workers == 1 else f"{workers} processes"
+    lines = [f"{machine(device)}; {versions()}; {running}, one thread each.", *skipped]
     for job in names:
         results = run_all(tuning_tasks(job, wanted, splits), data, device, workers, runs)
         rates = chosen_rates(results)
         finals = run_all(tasks_of(job, rates, seeds), data, device, workers, runs)
         lines += ["", *table(job, rates, finals, seeds, splits)]
-        print("\n".join(lines), flush=True)
+        if out is not None:
+            out.write_text("\n".join(lines) + "\n")
     report(lines, out)
 
 
