@@ -66,6 +66,8 @@ def run(
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
     return Outcome(accuracy(job, network, held), n_trained(network), statistics.median(times))
 
