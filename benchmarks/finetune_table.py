@@ -30,7 +30,7 @@ SINGLE = {
 }
 Rate = tuple[float, float]
 RATES: dict[str, list[Rate]] = {method: [(rate, 1.0) for rate in rates] for method, rates in SINGLE.items()}
-RATES["flora"] = [(1e-2, 3.0), (1e-2, 10.0), (3e-2, 1.0), (3e-2, 3.0), (1e-1, 1.0)]
+RATES["flora"] = [(1e-2, 3.0), (1e-2, 10.0), (2e-2, 1.0), (3e-2, 1.0), (3e-2, 3.0)]
 
 
 class Task(NamedTuple):
