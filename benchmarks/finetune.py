@@ -24,7 +24,14 @@ _RANKS: dict[Any, int] = {}
 
 
 def run(
-    job: Job, method: str, rate: float, ratio: float, seed: int, tuning: bool, ours: dict[str, Any] = OURS
+    job: Job,
+    method: str,
+    rate: float,
+    ratio: float,
+    seed: int,
+    tuning: bool,
+    ours: dict[str, Any] = OURS,
+    clip: float = 0.0,
 ) -> Outcome:
     """Train on a seed's training examples and count what is right among its evaluation examples.
 
@@ -63,6 +70,8 @@ def run(
         for batch in order.view(per_epoch, -1):
             begin = time.perf_counter()
             loss(network, batch).backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -24,6 +24,7 @@ def finetune(
     splits: Annotated[int, typer.Option(help="Validation splits that choose a learning rate.")] = 4,
     device: str = "cpu",
     workers: Annotated[int, typer.Option(help="Processes, with one thread each.")] = 1,
+    clip: Annotated[float, typer.Option(help="Largest norm of a step's gradient, all methods alike; 0: none.")] = 0.0,
     runs: Annotated[Path | None, typer.Option(help="File of runs: those in it are not made again.")] = None,
     prepare_to: Annotated[Path | None, typer.Option("--prepare", help="Write a folder that needs no packages.")] = None,
     out: Out = None,
@@ -42,9 +43,9 @@ def finetune(
     running = "one process" if workers == 1 else f"{workers} processes"
     lines = [f"{machine(device)}; {versions()}; {running}, one thread each.", *skipped]
     for job in names:
-        results = run_all(tuning_tasks(job, wanted, splits), data, device, workers, runs)
+        results = run_all(tuning_tasks(job, wanted, splits), data, device, workers, runs, clip)
         rates = chosen_rates(results)
-        finals = run_all(tasks_of(job, rates, seeds), data, device, workers, runs)
+        finals = run_all(tasks_of(job, rates, seeds), data, device, workers, runs, clip)
         lines += ["", *table(job, rates, finals, seeds, splits)]
         if out is not None:
             out.write_text("\n".join(lines) + "\n")

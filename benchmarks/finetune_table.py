@@ -69,28 +69,29 @@ def chosen_rates(results: Results) -> dict[str, Rate]:
     }
 
 
-def run_all(tasks: list[Task], data: Path, device: str, workers: int, runs: Path | None) -> Results:
+def run_all(tasks: list[Task], data: Path, device: str, workers: int, runs: Path | None, clip: float = 0.0) -> Results:
     """Outcomes of all tasks; those in the file of runs are read from it, and new ones are added to it."""
     known = read_runs(runs)
     results = {task: known[task] for task in tasks if task in known}
     missing = [task for task in tasks if task not in known]
     if workers == 1:
         for task in missing:
-            results[task] = one(task, data, device)
+            results[task] = one(task, data, device, clip)
             add_run(runs, task, results[task])
         return results
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        waiting = {pool.submit(one, task, data, device): task for task in missing}
+        waiting = {pool.submit(one, task, data, device, clip): task for task in missing}
         for done in concurrent.futures.as_completed(waiting):
             results[waiting[done]] = done.result()
             add_run(runs, waiting[done], done.result())
     return results
 
 
-def one(task: Task, data: Path, device: str) -> Outcome:
+def one(task: Task, data: Path, device: str, clip: float) -> Outcome:
     torch.set_num_threads(1)
-    return run(cached_job(data, task.job, device), task.method, task.rate, task.ratio, task.seed, task.tuning)
+    job = cached_job(data, task.job, device)
+    return run(job, task.method, task.rate, task.ratio, task.seed, task.tuning, clip=clip)
 
 
 @functools.lru_cache(1)
