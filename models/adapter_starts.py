@@ -1,5 +1,6 @@
 """Updates at their start: random, from the weight, from a gradient, from a file."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from probtensor.models.adapter_modules import TuckerDelta
 from probtensor.models.adapter_targets import Target, find_targets
 from probtensor.models.tucker_delta import leading_factors, step_scale
 
-__all__ = ["empty_delta", "filled", "new_delta", "weight_gradients"]
+__all__ = ["empty_delta", "filled", "gradient_ranks", "new_delta", "weight_gradients"]
 
 
 def weight_gradients(
@@ -67,6 +68,68 @@ def weight_gradients(
     if count == 0:
         raise ValueError("batches: expected at least one, got none")
     return {target.name: total / count for target, total in zip(targets, totals, strict=True)}
+
+
+def gradient_ranks(gradients: Mapping[str, Tensor], r: int) -> dict[str, tuple[int, ...]]:
+    """Ranks for each parameter that capture most of the gradients with as many parameters as LoRA of rank `r` trains.
+
+    LoRA is meant to have rank `r` for every parameter, and for a convolution factors of (out, r) and (r, in·kernel).
+    The first two modes get ranks, further ones, of kernels, keep their sizes. From ranks of 1, each step is the one
+    that adds most to the squared norm of the gradients' truncated HOSVD for every parameter that it adds.
+
+    Parameters
+    ----------
+    gradients : mapping of str to Tensor
+        Of `weight_gradients`.
+    r : int
+
+    Returns
+    -------
+    dict of str to tuple of int
+        By the parameters' names; `FLoRAConfig.rank_pattern` takes it with its keys through `re.escape`.
+
+    Examples
+    --------
+    >>> gradient = torch.diag(torch.tensor([9.0, 8.0, 7.0, 0.0, 0.0, 0.0]))
+    >>> gradient_ranks({"steep": gradient, "flat": 0.01 * gradient}, 3)
+    {'steep': (3, 3), 'flat': (1, 1)}
+    """
+    shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
+    budget = sum(r * (shape[0] + math.prod(shape[1:])) for shape in shapes.values())
+    captured = {name: _captured(gradient.detach().to("cpu", torch.float64)) for name, gradient in gradients.items()}
+    ranks = {name: (1, 1) for name in shapes}
+    left = budget - sum(_n_parameters(shape, (1, 1)) for shape in shapes.values())
+    while True:
+        best, chosen = 0.0, None
+        for name, (a, b) in ranks.items():
+            energy, now = captured[name], _n_parameters(shapes[name], (a, b))
+            for pair in ((a + 1, b), (a, b + 1), (a + 1, b + 1)):
+                if pair[0] <= len(energy) and pair[1] <= len(energy[0]):
+                    more = _n_parameters(shapes[name], pair) - now
+                    gain = (energy[pair[0] - 1][pair[1] - 1] - energy[a - 1][b - 1]) / max(more, 1)
+                    if more <= left and gain > best:
+                        best, chosen = gain, (name, pair, more)
+        if chosen is None:
+            return {name: (*pair, *shapes[name][2:]) for name, pair in ranks.items()}
+        ranks[chosen[0]], left = chosen[1], left - chosen[2]
+
+
+def _captured(gradient: Tensor) -> list[list[float]]:
+    """Squared norm of the HOSVD cut to each pair of ranks of the first two modes; less than rounding counts as none."""
+    if gradient.ndim == 2:
+        energy = torch.diag(torch.linalg.svdvals(gradient).square())
+    else:
+        first, second = (torch.linalg.svd(gradient.movedim(n, 0).flatten(1), full_matrices=False)[0] for n in (0, 1))
+        core = torch.einsum("oi...,op,iq->pq...", gradient, first, second)
+        energy = core.square().flatten(2).sum(2)
+    energy = torch.where(energy > 1e-12 * energy.sum(), energy, 0.0)
+    table: list[list[float]] = energy.cumsum(0).cumsum(1).tolist()
+    return table
+
+
+def _n_parameters(shape: Sequence[int], pair: tuple[int, int]) -> int:
+    factors = sum(size * rank for size, rank in zip(shape, pair, strict=False) if rank < size)
+    return pair[0] * pair[1] * math.prod(shape[2:]) + factors
 
 
 def new_delta(target: Target, config: FLoRAConfig, gradients: Mapping[str, Tensor] | None) -> TuckerDelta:

@@ -11,7 +11,21 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from benchmarks import completion, completion_peers, datamodels, datasets, influence, peers, scores, sparse_gp, splits
+from benchmarks import (
+    completion,
+    completion_peers,
+    datamodels,
+    datasets,
+    finetune_jobs,
+    finetune_methods,
+    finetune_networks,
+    finetune_table,
+    influence,
+    peers,
+    scores,
+    sparse_gp,
+    splits,
+)
 from benchmarks.datasets import COUNT_SETS, FUNBAT_SETS, SPLITS, load_counts, load_fold, load_split
 from probtensor.inference.influence import GaussNewton
 from probtensor.inference.influence import influence as scores_of
@@ -405,3 +419,54 @@ def test_real_counts_have_their_known_sizes():
         name: len(held.y) + len(held.y_test) for name in COUNT_SETS for held in [load_counts(DATA / "dain", name, 0)]
     }
     assert sizes == {"nyc2013_flights": 16_170, "nyc2013_flights_zeros": 437 * 53, "kg_nations": 55 * 14 * 13}
+
+
+@pytest.fixture(scope="module")
+def tuning_data(tmp_path_factory):
+    """A stand-in for the digits' file: bright quarters of a picture, and the network's shapes with random weights."""
+    folder, rng = tmp_path_factory.mktemp("finetune"), np.random.default_rng(0)
+    y = np.repeat(np.arange(3), 40)
+    x = rng.integers(0, 90, (120, 1, 24, 24))
+    for n, label in enumerate(y):
+        x[n, 0, 12 * (label // 2) :, 12 * (label % 2) :][:12, :12] += 150
+    torch.manual_seed(0)
+    network = finetune_networks.RNet(2)
+    base = {f"base.{name}": value.numpy() for name, value in network.state_dict().items() if "head" not in name}
+    part = np.tile([1, 1, 2], 40)
+    np.savez(
+        folder / "digits.npz", x=x.astype(np.uint8), y=y.astype(np.uint8), part=part, group=np.arange(120) // 3, **base
+    )
+    return folder
+
+
+def test_fine_tuning_draws_keep_groups_apart_and_never_tune_on_the_test(tuning_data):
+    job = finetune_jobs.load_job(tuning_data, "digits")
+    for seed in range(3):
+        train, held = finetune_jobs.draw(job, seed, tuning=True)
+        assert set(job.part[train].tolist()) == set(job.part[held].tolist()) == {1}
+        assert not set(job.group[train].tolist()) & set(job.group[held].tolist())
+        train, held = finetune_jobs.draw(job, seed, tuning=False)
+        assert set(job.part[train].tolist()) == {1}
+        assert held.tolist() == torch.nonzero(job.part == 2).flatten().tolist()
+
+
+def test_fine_tuning_learns_and_gives_its_table(tuning_data, tmp_path):
+    runs = tmp_path / "runs.jsonl"
+    rates = {"full": (1e-3, 1.0), "head": (0.0, 1.0), "flora": (1e-2, 3.0), "paper": (3e-3, 1.0)}
+    tasks = finetune_table.tasks_of("digits", rates, 2)
+    results = finetune_table.run_all(tasks, tuning_data, "cpu", 1, runs)
+    assert finetune_table.run_all(tasks, tuning_data, "cpu", 1, runs) == results
+    assert len(runs.read_text().splitlines()) == len(tasks)
+    assert results[tasks[2]].accuracy > 80
+    assert results[tasks[2]].parameters < results[tasks[0]].parameters / 5
+    lines = finetune_table.table("digits", rates, results, 2, 0)
+    assert len(lines) == 4 + len(rates)
+    assert lines[6].startswith("| FLoRA (ours)")
+
+
+def test_the_published_update_is_its_formula():
+    torch.manual_seed(0)
+    delta = finetune_methods.PublishedDelta((5, 4, 3, 3), 2)
+    torch.nn.init.normal_(delta.core)
+    expected = torch.einsum("abcd,ia,jb,kc,ld->ijkl", delta.core, *delta.factors)
+    torch.testing.assert_close(delta(torch.ones(5, 4, 3, 3)), 1 + 4 * expected)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from probtensor.models import FLoRAConfig, inject_adapters
 from probtensor.models.adapter_config import names_match
-from probtensor.models.adapter_starts import weight_gradients
+from probtensor.models.adapter_starts import gradient_ranks, weight_gradients
 from probtensor.models.adapter_targets import find_targets
 from probtensor.models.flora import Adapters
 from tests.test_flora import bits, equal, trained
@@ -310,3 +310,16 @@ def test_a_sequential_with_a_parameter_of_its_own_passes_its_input_on() -> None:
     y = (trained(adapters), model(x))[1]
     adapters.merge()
     torch.testing.assert_close(model(x), y)
+
+
+def test_ranks_by_the_gradient_follow_it_and_stay_within_the_budget():
+    rng = torch.Generator().manual_seed(0)
+    strong = torch.randn(20, 3, generator=rng) @ torch.randn(3, 30, generator=rng)
+    kernel = torch.zeros(8, 6, 3, 3)
+    kernel[0, 0], kernel[1, 1] = 5.0, 4.0
+    gradients = {"strong": strong, "kernel": kernel, "weak": 1e-3 * torch.randn(20, 30, generator=rng)}
+    ranks = gradient_ranks(gradients, 2)
+    assert ranks["strong"] == (3, 3)
+    assert ranks["kernel"] == (2, 2, 3, 3)
+    assert sum(20 * a + 30 * b + a * b for a, b in (ranks["strong"], ranks["weak"])) + 64 <= 2 * (50 + 50 + 8 + 54)
+    assert gradient_ranks({"weak": gradients["weak"]}, 50) == {"weak": (20, 20)}

@@ -1,0 +1,105 @@
+"""Small networks of the fine-tuning jobs, written here so that published weights load without their packages.
+
+Each has a submodule ``head``, a linear layer from features to classes, and ``features``, all that comes before.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Network", "RNet", "SentenceLayers", "SpectralNet"]
+
+
+class Network(nn.Module):
+    head: nn.Linear
+
+    def features(self, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(*inputs))
+        return logits
+
+
+class SpectralNet(Network):
+    """3-D convolutions over bands and a window of 3 × 3 pixels: ``(n, bands, 3, 3)``."""
+
+    def __init__(self, n_classes: int, width: int = 16) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(1, width, (7, 3, 3), stride=(3, 1, 1), padding=(0, 1, 1))
+        self.conv2 = nn.Conv3d(width, 2 * width, (5, 3, 3), stride=(3, 1, 1), padding=(0, 1, 1))
+        self.conv3 = nn.Conv3d(2 * width, 4 * width, 3, stride=(2, 1, 1))
+        self.dense = nn.LazyLinear(4 * width)
+        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm3d(width * k) for k in (1, 2, 4))
+        self.head = nn.Linear(4 * width, n_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(self.conv1(x[:, None])))
+        x = F.relu(self.norm2(self.conv2(x)))
+        x = F.relu(self.norm3(self.conv3(x)))
+        return F.relu(self.dense(x.flatten(1)))
+
+
+class RNet(Network):
+    """The refining network of MTCNN (Zhang et al., 2016), for grey pictures of 24 × 24 pixels from 0 to 255."""
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 28, 3), nn.Conv2d(28, 48, 3), nn.Conv2d(48, 64, 2)
+        self.prelu1, self.prelu2, self.prelu3 = nn.PReLU(28), nn.PReLU(48), nn.PReLU(64)
+        self.dense4, self.prelu4 = nn.Linear(576, 128), nn.PReLU(128)
+        self.head = nn.Linear(128, n_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = ((x - 127.5) / 128).expand(-1, 3, -1, -1)
+        x = F.max_pool2d(self.prelu1(self.conv1(x)), 3, 2, ceil_mode=True)
+        x = F.max_pool2d(self.prelu2(self.conv2(x)), 3, 2, ceil_mode=True)
+        x = self.prelu3(self.conv3(x)).permute(0, 3, 2, 1)
+        return self.prelu4(self.dense4(x.flatten(1)))
+
+
+class Block(nn.Module):
+    """A layer of BERT (Devlin et al., 2019)."""
+
+    def __init__(self, width: int, inner: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, mask[:, None, None, :])
+        x = self.norm1(x + self.out(mixed.transpose(1, 2).flatten(-2)))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class SentenceLayers(Network):
+    """The upper layers of a sentence encoder: from states ``(n, tokens, width)`` and a mask to the mean over tokens."""
+
+    def __init__(self, n_classes: int, layers: int = 3, width: int = 384, inner: int = 1536, heads: int = 12) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width, inner, heads) for _ in range(layers))
+        self.head = nn.Linear(width, n_classes)
+
+    def features(self, x: Tensor, mask: Tensor) -> Tensor:
+        length = int(mask.sum(1).max())
+        x, mask = x[:, :length], mask[:, :length]
+        for layer in self.layers:
+            x = layer(x, mask)
+        weights = mask.to(x.dtype)[..., None]
+        return (x * weights).sum(1) / weights.sum(1)
+
+
+def sentence_states(tokens: Tensor, embeddings: dict[str, Tensor], lower: nn.ModuleList) -> tuple[Tensor, Tensor]:
+    """States below the upper layers, and the mask, of token numbers ``(n, tokens)`` with -1 for none."""
+    mask = tokens >= 0
+    x = embeddings["words"][tokens.clamp(min=0)] + embeddings["places"][: tokens.shape[1]] + embeddings["kind"]
+    x = F.layer_norm(x, x.shape[-1:], embeddings["norm.weight"], embeddings["norm.bias"], 1e-12)
+    with torch.no_grad():
+        for layer in lower:
+            x = layer(x, mask)
+    return x, mask
