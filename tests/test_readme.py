@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_readme_examples_run_and_do_what_it_says(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    fit, completion, codes = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    fit, completion, adapters, codes = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     check = """
 import numpy as np
 assert np.array_equal(mean, same.predict(X.loc[hidden]))
@@ -23,9 +23,14 @@ assert 0.8 < np.mean((lower < y[hidden]) & (y[hidden] < upper)) < 0.98
 assert abs(model.noise_std_ - 0.1) < 0.005
 assert np.isfinite(filled).all() and model.components_.shape == (6, 24)
 """
-    train = "X, X_new = X.loc[seen[::6]], X.loc[hidden]; y = y[seen[::6]]\n"
-    check_completion = "assert len(mean) == len(std) == len(X_new)\n"
-    script = fit + check + train + completion + check_completion + codes + check_codes
+    train = "X_new, X_check, y_check = X.loc[hidden], X.loc[hidden], y[hidden]; X, y = X.loc[seen[::6]], y[seen[::6]]\n"
+    check_completion = "assert len(mean) == len(std) == len(X_new)\nassert scores.shape == y.shape\n"
+    check_adapters = """
+from pathlib import Path
+assert sorted(path.name for path in Path("task").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+assert "0.weight" in net.state_dict() and len(net.state_dict()) == 4
+"""
+    script = fit + check + train + completion + check_completion + adapters + check_adapters + codes + check_codes
     (tmp_path / "example.py").write_text(script)
     done = subprocess.run(
         [sys.executable, "-W", "error", "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
