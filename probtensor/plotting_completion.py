@@ -101,7 +101,7 @@ def plot_validation(model: Any, *, ax: Axes | None = None) -> Axes:
     if not model.validation_rmse_:
         raise ValueError("model: expected a network or factors, which are trained in epochs; got neither")
     if ax is None:
-        ax = pyplot().figure(figsize=(6.4, 4.0), layout="constrained").add_subplot()
+        ax = pyplot().figure(figsize=(8.4, 4.0), layout="constrained").add_subplot()
     for number, (name, curves) in enumerate(model.validation_rmse_.items()):
         colour, epochs = COLOURS[number % len(COLOURS)], np.arange(len(curves))
         line = "-" if number < len(COLOURS) else "--"
@@ -111,7 +111,8 @@ def plot_validation(model: Any, *, ax: Axes | None = None) -> Axes:
         ax.plot(best, curves[best, np.arange(len(best))], "o", color=colour, markersize=3.5)
     ax.locator_params(axis="x", integer=True)
     dress(ax, "epoch", "RMSE on rows held out")
-    ax.legend(fontsize=TICK_SIZE, frameon=False, labelcolor=INK)
+    # Beside the lines: there may be nine of them and more, which leave no room between.
+    ax.legend(fontsize=TICK_SIZE, frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
 
