@@ -3,6 +3,8 @@
 Each has a submodule ``head``, a linear layer from features to classes, and ``features``, all that comes before.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,11 +12,12 @@ from torch.nn import functional as F
 __all__ = ["Network", "RNet", "SentenceLayers", "SpectralNet"]
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     head: nn.Linear
 
+    @abstractmethod
     def features(self, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the head is given, (n, width)."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(*inputs))

@@ -25,7 +25,7 @@ import torch
 from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
-from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixture, with_tail
+from probtensor.calibration import ScaleMixture
 from probtensor.columns import to_cpu_array
 from probtensor.data import as_table
 from probtensor.estimator import UnknownLabelWarning
@@ -35,6 +35,7 @@ from probtensor.metrics import rmse
 from probtensor.models.augmentation_cells import codes_among, draw_cells, entities_of, entity_shares
 from probtensor.models.augmentation_estimators import fitted_clone, paper_network
 from probtensor.models.completion import NeuralTensorCompletion
+from probtensor.models.completion_stacking import calibrate
 from probtensor.persistence import estimator_from, write_state
 from probtensor.predictive import NormalMixture
 from probtensor.resources import RandomState, is_number, make_generator, unchanged_on_failure
@@ -188,6 +189,8 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         table, values = as_table(X), np.array(to_cpu_array(y), dtype=np.float64)
         if values.shape != (len(table),):
             raise ValueError(f"y: expected shape ({len(table)},) to match X, got {values.shape}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"y: expected finite values, got {values[~np.isfinite(values)][0]}")
         given_weight = row_numbers(sample_weight, "sample_weight", len(table))
         weight = None if given_weight is None else given_weight.numpy()
         rng = np.random.default_rng(make_generator(self.random_state).initial_seed())
@@ -201,6 +204,8 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             check, checked = table.iloc[held_out], values[held_out]
         else:
             check, checked = self._like(X_val, table, "X_val"), np.array(to_cpu_array(y_val), dtype=np.float64)
+        if checked.shape != (len(check),) or not len(checked) or not np.isfinite(checked).all():
+            raise ValueError(f"y_val: expected finite values of shape ({len(check)},), at least one, got {checked}")
         own, own_values = table.iloc[train], values[train]
         own_weight = None if weight is None else weight[train]
         excluded = [check] if X_exclude is None else [check, self._like(X_exclude, table, "X_exclude")]
@@ -292,13 +297,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.validation_rmse_ = {
             name: rmse(values, mean) for name, mean in {"first": first, "second": second, "kept": kept}.items()
         }
-        residual = (values - kept) / unit
-        if len(residual) < MIN_RESIDUALS:
-            scale = max(float(np.sqrt(np.mean(residual**2))), 1e-12)
-            self._mixture = ScaleMixture(1.0, torch.tensor([scale]).double(), torch.ones(1).double())
-        else:
-            one = torch.ones(len(residual)).double()
-            self._mixture = with_tail(fit_scale_mixture(torch.from_numpy(residual), 0 * one, one), len(residual))
+        self._mixture = calibrate((values - kept) / unit, np.zeros(len(values)), 1.0)
 
     def _predictions(self, table: pd.DataFrame) -> list[FloatArray]:
         fitted = [self.estimator_, self.augmented_estimator_]

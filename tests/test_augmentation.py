@@ -312,6 +312,11 @@ def test_bad_rows_are_named():
         model.fit(X[:50], Y[:50], X_exclude=X[["mode0"]])
     with pytest.raises(ValueError, match=r"^y_val: expected one with X_val"):
         model.fit(X[:50], Y[:50], X_val=X[50:60])
+    for wrong in ([np.nan] * 10, np.zeros(3), []):
+        with pytest.raises(ValueError, match=r"^y_val: expected finite values of shape"):
+            DAIN(PerModeBiases(), importance="uniform").fit(
+                X[:50], Y[:50], X_val=X[50:60] if len(wrong) else X[:0], y_val=wrong
+            )
     with pytest.raises(ValueError, match=r"^X: expected at least two rows"):
         model.fit(X[:1], Y[:1])
     with pytest.raises(NotFittedError):
