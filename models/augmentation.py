@@ -408,7 +408,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 
     @classmethod
     def from_state(cls, arrays: dict[str, torch.Tensor], meta: dict[str, Any]) -> Self:
-        """Fitted estimator from what `save` wrote, without importances, new cells and predictor; use `probtensor.load`."""
+        """Fitted estimator from what `save` wrote, without importances, new cells, predictor; use `probtensor.load`."""
         model = cls(**meta["params"])
         for name, (kind, own) in meta["parts"].items():
             part = {key[len(name) + 1 :]: value for key, value in arrays.items() if key.startswith(f"{name}.")}
