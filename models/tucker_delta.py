@@ -20,6 +20,7 @@ Tucker (1966), "Some mathematical notes on three-mode factor analysis", Psychome
 Vandewalle (2000), "A multilinear singular value decomposition", SIAM J. Matrix Anal. Appl. 21.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,6 +39,9 @@ __all__ = [
     "step_scale",
     "updated",
 ]
+
+
+MOST_TAPS = 512  # of a kernel whose factors are multiplied out
 
 
 class Tucker(NamedTuple):
@@ -150,16 +154,25 @@ def _scaled(basis: Tensor) -> Tensor:
 
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """``tensor ×mode matrix``: the mode of size R becomes one of size I; matrix has shape (I, R)."""
-    unfolding = tensor.movedim(mode, 0)
-    product = matrix @ unfolding.reshape(len(unfolding), -1)  # a product that autocast knows, unlike tensordot
-    return product.reshape(-1, *unfolding.shape[1:]).movedim(0, mode)
+    """``tensor ×mode matrix``: the mode of size R becomes one of size I; matrix has shape (I, R).
+
+    Nothing is transposed: the modes before are a batch, those after are columns.
+    """
+    before, after = math.prod(tensor.shape[:mode]), math.prod(tensor.shape[mode + 1 :])
+    shape = (*tensor.shape[:mode], len(matrix), *tensor.shape[mode + 1 :])
+    if before == 1:
+        return (matrix @ tensor.reshape(-1, after)).view(shape)
+    if after == 1:
+        return (tensor.reshape(before, -1) @ matrix.mT).view(shape)
+    unfolded = tensor.reshape(before, -1, after)
+    return torch.bmm(matrix.expand(before, *matrix.shape), unfolded).view(shape)
 
 
 def contract(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     """``ΔW``, shape (I1, …, IN).
 
-    Modes that grow least come first, so that the long products are few.
+    Modes from the third on, a kernel's, are taken as one, by the Kronecker product of their factors: fewer operations to
+    start. Then from the last mode to the first, so that what stands before a mode is still small.
 
     Examples
     --------
@@ -167,14 +180,19 @@ def contract(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     tensor([[1., 1.],
             [2., 2.]])
     """
-    kept = [(n, A) for n, A in enumerate(factors) if A is not None]
-    for n, A in sorted(kept, key=lambda pair: pair[1].shape[0] / pair[1].shape[1]):
-        core = mode_product(core, A, n)
+    kernel = [A for A in factors[2:] if A is not None]
+    first, taps = list(factors[:2]), [len(A) for A in kernel]
+    if len(kernel) > 1 and len(kernel) == core.ndim - 2 and math.prod(taps) <= MOST_TAPS:
+        merged = contract(core.flatten(2), [*first, functools.reduce(torch.kron, kernel)])
+        return merged.view(*merged.shape[:2], *taps)
+    for n in reversed(range(len(factors))):
+        A = factors[n]
+        core = core if A is None else mode_product(core, A, n)
     return core
 
 
 def updated(weight: Tensor, updates: Sequence[Tucker]) -> Tensor:
-    """``W0 + Σ s·ΔW`` in the weight's dtype, summed in float32 (float64 for float64 weights).
+    """``W0 + Σ s·ΔW`` in the weight's dtype, summed in float32 (float64 for float64 weights), autocast or not.
 
     Examples
     --------
@@ -182,11 +200,19 @@ def updated(weight: Tensor, updates: Sequence[Tucker]) -> Tensor:
     >>> updated(half, [Tucker(torch.full((1, 1), 0.5), (None, None), 2.0)])
     tensor([[2.]], dtype=torch.bfloat16)
     """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return updated(weight, updates)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(dtype)
     for core, factors, scale in updates:
-        wide = [None if A is None else A.to(dtype) for A in factors]
-        total = torch.add(total, contract(core.to(dtype), wide), alpha=scale)
+        A, *others = (None if A is None else A.to(dtype) for A in factors)
+        if A is None or not weight.is_contiguous():
+            total = torch.add(total, contract(core.to(dtype), [A, *others]), alpha=scale)
+        else:  # the last product adds to the weight
+            inner = contract(core.to(dtype), [None, *others]).reshape(core.shape[0], -1)
+            total = torch.addmm(total.view(len(A), -1), A, inner, alpha=scale).view(weight.shape)
     return total.to(weight.dtype)
 
 
