@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from probtensor.models.adapter_modules import SLOT, Bank, TuckerDelta, bank_of, base_parameter
-from probtensor.models.tucker_delta import contract, updated
+from probtensor.models.effective_weight import updated
+from probtensor.models.tucker_delta import contract
 
 __all__ = ["Sizes", "choose_form", "is_bias", "kernel_modes", "layer_forward", "takes_dropout", "weight_names"]
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from probtensor.models.adapter_config import FLoRAConfig
-from probtensor.models.tucker_delta import Tucker, random_factors, updated
+from probtensor.models.effective_weight import updated
+from probtensor.models.tucker_delta import Tucker, random_factors
 
 __all__ = ["SLOT", "Bank", "TuckerDelta", "adapt", "bank_of", "base_parameter", "release", "sites"]
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from probtensor.models import FLoRAConfig, adapter_layers, inject_adapters, load_adapters
 from probtensor.models.adapter_layers import Sizes, choose_form
-from probtensor.models.tucker_delta import Tucker, combined, contract, leading_factors, random_factors, updated
+from probtensor.models.effective_weight import updated
+from probtensor.models.tucker_delta import Tucker, combined, contract, leading_factors, random_factors
 from tests.reference_adapters import delta_by_loops, dense_delta
 from tests.test_flora import LAYERS, bits, config_of, equal, made, trained
 
