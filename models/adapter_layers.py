@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from probtensor.models.adapter_modules import SLOT, Bank, TuckerDelta, bank_of, base_parameter
-from probtensor.models.effective_weight import updated
-from probtensor.models.tucker_delta import contract
+from probtensor.models.tucker_delta import contract, updated
 
 __all__ = ["Sizes", "choose_form", "is_bias", "kernel_modes", "layer_forward", "takes_dropout", "weight_names"]
 
@@ -38,15 +37,19 @@ class Machine(NamedTuple):
         Starting one kernel.
     least_width : int
         Channels that a matrix product works on at least: fewer take as long.
+    most_taps : int
+        Of a kernel whose weight's gradient runs at full speed; that of a larger one takes four times as long. (cuDNN in
+        bfloat16 on an H100, 7 × 7: from 1.3 times at 64 maps to 20 times at 256.)
     """
 
     a_byte: float
     a_call: float
     least_width: int
+    most_taps: int
 
 
-CPU = Machine(4.0, 2e5, 1)
-GPU = Machine(200.0, 3e9, 64)  # of a tensor-core GPU of 2022
+CPU = Machine(4.0, 2e5, 1, 2**31)
+GPU = Machine(200.0, 3e9, 64, 27)  # of a tensor-core GPU of 2022
 
 
 def machine_of(x: Tensor) -> Machine:
@@ -184,7 +187,8 @@ def choose_form(sizes: Sizes, training: bool, folds: bool = True, machine: Machi
     folded = 2 * n_out * taps * inputs * r_out + 2 * taps * inputs * r_in * r_out + spread
     folded += machine.a_byte * 4 * n_in * inputs
     build = 2 * weight * min(r_in, r_out) + machine.a_byte * 4 * 4 * weight
-    built = passes * (build + 4 * machine.a_call) + (2 * n_out * taps * inputs * outputs if training else 0)
+    gradient = 2 * n_out * taps * inputs * outputs * (4 if taps > machine.most_taps else 1) if training else 0
+    built = passes * (build + 4 * machine.a_call) + gradient
     chained = passes * (chained + 6 * machine.a_call)
     folded = passes * (folded + 5 * machine.a_call)
     if full or built < min(chained, folded):

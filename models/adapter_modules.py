@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from probtensor.models.adapter_config import FLoRAConfig
-from probtensor.models.effective_weight import updated
-from probtensor.models.tucker_delta import Tucker, random_factors
+from probtensor.models.tucker_delta import Tucker, random_factors, updated
 
 __all__ = ["SLOT", "Bank", "TuckerDelta", "adapt", "bank_of", "base_parameter", "release", "sites"]
 

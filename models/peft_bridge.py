@@ -23,8 +23,7 @@ from torch.func import functional_call
 from probtensor.models.adapter_config import FLoRAConfig
 from probtensor.models.adapter_layers import kernel_modes, layer_forward, takes_dropout, weight_names
 from probtensor.models.adapter_modules import SLOT, TuckerDelta
-from probtensor.models.effective_weight import updated
-from probtensor.models.tucker_delta import Tucker, leading_factors, step_scale
+from probtensor.models.tucker_delta import Tucker, leading_factors, step_scale, updated
 
 __all__ = ["METHOD", "register_with_peft"]
 

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "MOST_TAPS",
     "Tucker",
     "clamp_ranks",
     "combined",
@@ -38,6 +37,7 @@ __all__ = [
     "mode_product",
     "random_factors",
     "step_scale",
+    "updated",
 ]
 
 
@@ -191,6 +191,31 @@ def contract(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
     return core
 
 
+def updated(weight: Tensor, updates: Sequence[Tucker]) -> Tensor:
+    """``W0 + Σ s·ΔW`` in the weight's dtype, summed in float32 (float64 for float64 weights), autocast or not.
+
+    Examples
+    --------
+    >>> half = torch.ones(1, 1, dtype=torch.bfloat16)
+    >>> updated(half, [Tucker(torch.full((1, 1), 0.5), (None, None), 2.0)])
+    tensor([[2.]], dtype=torch.bfloat16)
+    """
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return updated(weight, updates)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(dtype)
+    for core, factors, scale in updates:
+        A, *others = (None if A is None else A.to(dtype) for A in factors)
+        if A is None or not weight.is_contiguous():
+            total = torch.add(total, contract(core.to(dtype), [A, *others]), alpha=scale)
+        else:  # the last product adds to the weight
+            inner = contract(core.to(dtype), [None, *others]).reshape(core.shape[0], -1)
+            total = torch.addmm(total.view(len(A), -1), A, inner, alpha=scale).view(weight.shape)
+    return total.to(weight.dtype)
+
+
 def combined(updates: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
     """One update that equals ``Σ weights[i] · updates[i]``, with scale 1.
 
@@ -201,7 +226,7 @@ def combined(updates: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
     --------
     >>> one = Tucker(torch.ones(1, 1), (torch.ones(3, 1), torch.ones(2, 1)), 0.5)
     >>> both = combined([one, one], [1.0, 3.0])
-    >>> both.core.shape, contract(both.core, both.factors)[0, 0].item()
+    >>> both.core.shape, updated(torch.zeros(3, 2), [both])[0, 0].item()
     (torch.Size([2, 2]), 2.0)
     """
     first = updates[0]

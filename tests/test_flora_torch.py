@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from probtensor.models import FLoRAConfig, adapter_layers, inject_adapters, load_adapters
 from probtensor.models.adapter_layers import Sizes, choose_form
-from probtensor.models.effective_weight import updated
-from probtensor.models.tucker_delta import Tucker, combined, contract, leading_factors, random_factors
+from probtensor.models.tucker_delta import Tucker, combined, contract, leading_factors, random_factors, updated
 from tests.reference_adapters import delta_by_loops, dense_delta
 from tests.test_flora import LAYERS, bits, config_of, equal, made, trained
 
@@ -29,14 +28,31 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 # the mathematics
 
 
-@pytest.mark.parametrize("left_out", [(), (0,), (1, 2), (0, 1, 2)])
-def test_contraction_equals_loops_and_one_einsum(left_out: tuple[int, ...]) -> None:
-    sizes, ranks = (3, 4, 2), (2, 3, 1)
-    core = draw(*(sizes[n] if n in left_out else ranks[n] for n in range(3)))
-    factors = [None if n in left_out else draw(sizes[n], ranks[n], seed=n) for n in range(3)]
+@pytest.mark.parametrize("left_out", [(), (0,), (1, 2), (0, 1, 2), (2,), (3,), (2, 3)])
+@pytest.mark.parametrize("n_modes", [2, 3, 4, 5])
+def test_contraction_equals_loops_and_one_einsum(n_modes: int, left_out: tuple[int, ...]) -> None:
+    sizes, ranks = (3, 4, 2, 3, 2)[:n_modes], (2, 3, 1, 2, 1)[:n_modes]
+    core = draw(*(sizes[n] if n in left_out else ranks[n] for n in range(n_modes)))
+    factors = [None if n in left_out else draw(sizes[n], ranks[n], seed=n) for n in range(n_modes)]
     expected = delta_by_loops(core, factors)
     torch.testing.assert_close(contract(core, factors), expected)
     torch.testing.assert_close(dense_delta(core, factors), expected)
+    weight = draw(*sizes, seed=9)
+    torch.testing.assert_close(updated(weight, [Tucker(core, tuple(factors), 0.7)] * 2), weight + 1.4 * expected)
+
+
+def test_autocast_leaves_the_sum_alone_and_half_weights_in_channels_last_have_it_too() -> None:
+    factors = [draw(size, 2, seed=n).float().requires_grad_() for n, size in enumerate((6, 5, 3, 3))]
+    update, weight = Tucker(draw(2, 2, 2, 2).float(), tuple(factors), 0.7), draw(6, 5, 3, 3).float()
+    plain = updated(weight, [update])
+    wanted = torch.autograd.grad(plain.sum(), factors)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = updated(weight, [update])
+    found = torch.autograd.grad(value.sum(), factors)
+    for one, other in zip((value, *found), (plain, *wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    half = weight.bfloat16().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(updated(half, [update]), (half.float() + plain - weight).bfloat16())
 
 
 def test_factors_are_orthonormal_columns_of_the_norm_that_random_ones_have() -> None:
