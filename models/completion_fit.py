@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from probtensor.blocks import mixed
 from probtensor.calibration import ScaleMixture
 from probtensor.comm import Comm
 from probtensor.models.completion_effects import (
@@ -38,7 +39,6 @@ from probtensor.models.completion_network import Kind, predict
 from probtensor.models.completion_pairs import PairFactors, choose_pairs, fit_pairs
 from probtensor.models.completion_settings import Settings
 from probtensor.models.completion_stacking import HeldOut, Spread
-from probtensor.models.completion_training import mixed
 
 __all__ = ["Fitted", "fit_completion", "link_offset", "moments"]
 

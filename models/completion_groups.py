@@ -8,11 +8,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from probtensor.blocks import mixed
 from probtensor.comm import Comm
 from probtensor.models.completion_network import Kind, Parameters, Rows, fill_unknown, initial, predict
 from probtensor.models.completion_settings import Settings
 from probtensor.models.completion_side import Side
-from probtensor.models.completion_training import Fit, State, mixed, train
+from probtensor.models.completion_training import Fit, State, train
 
 __all__ = ["Data", "Group", "head_features", "kinds_of", "train_group"]
 

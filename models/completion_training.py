@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from probtensor.blocks import scramble
+from probtensor.blocks import mixed
 from probtensor.comm import Comm, Serial
 from probtensor.models.completion_network import CHUNK, Batch, Kind, Parameters, Rows, row_losses
 
-__all__ = ["Fit", "State", "adam_step", "mixed", "train"]
+__all__ = ["Fit", "State", "adam_step", "train"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -71,19 +71,6 @@ class State:
     history: list[Tensor]
     kept: list[tuple[int, Parameters, float]]
     epoch: int = 0
-
-
-def mixed(keys: IntArray, salt: int) -> IntArray:
-    """Numbers in [0, 2^63) from keys (n,), others for each salt.
-
-    Examples
-    --------
-    >>> numbers = mixed(np.arange(10_000), 3)
-    >>> bool(abs((numbers / 2.0**63).mean() - 0.5) < 0.01), bool((numbers == mixed(np.arange(10_000), 4)).any())
-    (True, False)
-    """
-    salted = int(scramble(torch.tensor([salt]))[0])
-    return np.asarray(scramble(torch.from_numpy(keys ^ salted)).numpy())
 
 
 def train(

@@ -14,10 +14,11 @@ Ogita, Rump, Oishi (2005), "Accurate sum and dot product", SIAM Journal on Scien
 from collections.abc import Callable, Iterable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Total", "add_up", "block_of", "number_of_blocks", "scramble", "total_here"]
+__all__ = ["Total", "add_up", "block_of", "mixed", "number_of_blocks", "scramble", "total_here"]
 
 Total = Callable[[Iterable[Tensor]], Tensor]  # a sum over parts, here or on all ranks
 
@@ -79,3 +80,16 @@ def scramble(numbers: Tensor) -> Tensor:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy(((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64))
+
+
+def mixed(keys: npt.NDArray[np.int64], salt: int) -> npt.NDArray[np.int64]:
+    """Numbers in [0, 2^63) from keys (n,), others for each salt.
+
+    Examples
+    --------
+    >>> numbers = mixed(np.arange(10_000), 3)
+    >>> bool(abs((numbers / 2.0**63).mean() - 0.5) < 0.01), bool((numbers == mixed(np.arange(10_000), 4)).any())
+    (True, False)
+    """
+    salted = int(scramble(torch.tensor([salt]))[0])
+    return np.asarray(scramble(torch.from_numpy(keys ^ salted)).numpy())
