@@ -7,11 +7,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.finetune_data import Arrays, load_arrays
-from benchmarks.finetune_networks import Block, Network, RNet, SentenceLayers, SpectralNet, sentence_states
+from benchmarks.finetune_networks import (
+    Block,
+    MobileLower,
+    MobileUpper,
+    Network,
+    RNet,
+    SentenceLayers,
+    SpectralNet,
+    sentence_states,
+)
 
 __all__ = ["SETTINGS", "Job", "Settings", "draw", "load_job"]
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of colours from 0 to 1
+MOBILE_SIZE = 64  # pixels a side that digits are enlarged to for MobileNetV2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +76,16 @@ SETTINGS = {
         "R-Net (faces) → MNIST, 500 images",
         RNet,
         ("conv1", "conv2", "conv3", "dense4"),
+        per_class=50,
+        rank=4,
+        epochs=8,
+        batch=25,
+        head_rate=2e-3,
+    ),
+    "mobile": Settings(
+        "MobileNetV2 (ImageNet), upper 7 of 17 blocks → MNIST, 500 images",
+        MobileUpper,
+        ("expand", "depthwise", "project", "last"),
         per_class=50,
         rank=4,
         epochs=8,
@@ -128,6 +152,8 @@ def load_job(data: Path, name: str, device: str = "cpu") -> Job:
     inputs: tuple[Tensor, ...] = (x.float(),)
     if name == "text":
         inputs = text_inputs(arrays, x.long(), device)
+    if name == "mobile":
+        inputs = (mobile_inputs(arrays, x, device),)
     group = torch.from_numpy(arrays["group"] if "group" in arrays else np.arange(len(x)))
     base = tensors(arrays, "base.")
     labels, part = (torch.from_numpy(arrays[key]).long() for key in ("y", "part"))
@@ -144,6 +170,20 @@ def text_inputs(arrays: Arrays, tokens: Tensor, device: str) -> tuple[Tensor, Te
     embeddings = {name: value.to(device) for name, value in tensors(arrays, "embeddings.").items()}
     parts = [sentence_states(part, embeddings, lower) for part in tokens.to(device).split(128)]
     return torch.cat([x for x, _ in parts]), torch.cat([mask for _, mask in parts])
+
+
+@torch.no_grad()
+def mobile_inputs(arrays: Arrays, pictures: Tensor, device: str) -> Tensor:
+    """Outputs of the lower blocks, computed once, for grey pictures in the three colours and of the size wanted."""
+    lower = MobileLower()
+    lower.load_state_dict(tensors(arrays, "lower."))
+    lower.eval().to(device)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in IMAGENET)
+    states = []
+    for part in pictures.split(250):
+        x = F.interpolate(part.to(device) / 255, size=(MOBILE_SIZE, MOBILE_SIZE), mode="bilinear", align_corners=False)
+        states.append(lower((x - mean) / std))
+    return torch.cat(states)
 
 
 def tensors(arrays: Arrays, prefix: str) -> dict[str, Tensor]:
