@@ -48,6 +48,8 @@ class Settings:
         Learning rate of the head, the same for all methods.
     most_validation : int
         Validation examples of a tuning split at most.
+    depthwise : bool
+        Whether convolutions with a kernel for each channel are among the adapted.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Settings:
     batch: int
     head_rate: float
     most_validation: int = 1000
+    depthwise: bool = False
 
 
 SETTINGS = {
@@ -88,9 +91,10 @@ SETTINGS = {
         ("expand", "depthwise", "project", "last"),
         per_class=50,
         rank=4,
-        epochs=8,
+        epochs=16,
         batch=25,
         head_rate=2e-3,
+        depthwise=True,
     ),
     "text": Settings(
         "MiniLM, upper 3 layers → film snippets' polarity",
@@ -193,15 +197,15 @@ def tensors(arrays: Arrays, prefix: str) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
-def draw(job: Job, seed: int, tuning: bool) -> tuple[Tensor, Tensor]:
-    """Training and evaluation examples: all of the test, or, for tuning, others of the pool and of other groups."""
+def draw(job: Job, seed: int, tuning: bool, held_share: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Training and evaluation examples: all of the test, or, for tuning, of a share of the pool's groups."""
     rng = np.random.default_rng((seed, tuning))
     pool = np.flatnonzero(job.part.numpy() == 1)
     labels, group = job.labels.numpy(), job.group.numpy()
     evaluated = np.flatnonzero(job.part.numpy() == 2)
     if tuning:
         groups = rng.permutation(np.unique(group[pool]))
-        held = np.isin(group[pool], groups[: len(groups) // 2])
+        held = np.isin(group[pool], groups[: int(held_share * len(groups))])
         evaluated, pool = rng.permutation(pool[held])[: job.settings.most_validation], pool[~held]
     order = rng.permutation(pool)
     of_class = [order[labels[order] == k][: job.settings.per_class] for k in range(job.n_classes)]

@@ -117,7 +117,7 @@ class MobileLower(nn.Module):
 
 
 class MobileUpper(Network):
-    """The upper blocks and the last convolution of MobileNetV2: from `MobileLower`'s outputs to the mean over places."""
+    """The upper blocks and the last convolution of MobileNetV2: from outputs of `MobileLower` to means over places."""
 
     def __init__(self, n_classes: int) -> None:
         super().__init__()
