@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from benchmarks.finetune_jobs import Job, draw
 from benchmarks.finetune_methods import OURS, attach, matched_rank, n_trained
+from benchmarks.finetune_networks import Network
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Outcome", "run", "train"]
 
 
 class Outcome(NamedTuple):
@@ -37,16 +38,31 @@ def run(
 
     A seed gives all methods the same examples, head and batches.
     """
+    rows, held = draw(job, seed, tuning)
+    network, times = train(job, method, rate, ratio, seed, rows, ours, clip)
+    return Outcome(accuracy(job, network, held), n_trained(network), statistics.median(times))
+
+
+def train(
+    job: Job,
+    method: str,
+    rate: float,
+    ratio: float,
+    seed: int,
+    rows: Tensor,
+    ours: dict[str, Any] = OURS,
+    clip: float = 0.0,
+) -> tuple[Network, list[float]]:
+    """A network trained on these examples, and the seconds of each step."""
     settings, device = job.settings, job.inputs[0].device
-    train, held = draw(job, seed, tuning)
     network = job.network(seed)
     key = (job.name, method, settings.rank, ours["kernel_r"])
     if key not in _RANKS:
         _RANKS[key] = matched_rank(method, lambda: job.network(0), settings.targets, settings.rank, ours)
     network.to(device)
     labels = job.labels.to(device)
-    start_head(job, network, train)
-    batches = [batch.to(device) for batch in train.split(settings.batch)]
+    start_head(job, network, rows)
+    batches = [batch.to(device) for batch in rows.split(settings.batch)]
 
     def loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
         return F.cross_entropy(model(*[each[batch] for each in job.inputs]), labels[batch])
@@ -58,7 +74,7 @@ def run(
     options = [{"params": parameters, "lr": rate * factor} for parameters, factor in groups if parameters]
     head = {"params": list(network.head.parameters()), "lr": settings.head_rate}
     optimizer = torch.optim.Adam([*options, head])
-    per_epoch = len(train) // settings.batch
+    per_epoch = len(rows) // settings.batch
     total = settings.epochs * per_epoch
     warm = max(1, total // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -66,7 +82,7 @@ def run(
     )
     generator, times = torch.Generator().manual_seed(seed), []
     for _ in range(settings.epochs):
-        order = train[torch.randperm(len(train), generator=generator)][: per_epoch * settings.batch].to(device)
+        order = rows[torch.randperm(len(rows), generator=generator)][: per_epoch * settings.batch].to(device)
         for batch in order.view(per_epoch, -1):
             begin = time.perf_counter()
             loss(network, batch).backward()
@@ -78,7 +94,7 @@ def run(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-    return Outcome(accuracy(job, network, held), n_trained(network), statistics.median(times))
+    return network, times
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import typer
 
 from benchmarks.commands import Out, app, machine, report
 from benchmarks.finetune_data import JOBS, prepare
+from benchmarks.finetune_jobs import SETTINGS
 from benchmarks.finetune_methods import METHODS, needs
 from benchmarks.finetune_table import chosen_rates, run_all, table, tasks_of, tuning_tasks
 
@@ -35,21 +36,29 @@ def finetune(
     if prepare_to is not None:
         prepare(prepare_to, data, names)
         return
-    wanted, skipped = [], []
-    for method in methods.split(","):
-        missing = needs(method)
-        wanted += [] if missing else [method]
-        skipped += [f"{METHODS[method]}: left out, as {' and '.join(missing)} is not installed."] if missing else []
     running = "one process" if workers == 1 else f"{workers} processes"
-    lines = [f"{machine(device)}; {versions()}; {running}, one thread each.", *skipped]
+    lines = [f"{machine(device)}; {versions()}; {running}, one thread each."]
     for job in names:
+        wanted, skipped = methods_of(job, methods.split(","))
         results = run_all(tuning_tasks(job, wanted, splits), data, device, workers, runs, clip)
         rates = chosen_rates(results)
         finals = run_all(tasks_of(job, rates, seeds), data, device, workers, runs, clip)
-        lines += ["", *table(job, rates, finals, seeds, splits)]
+        lines += ["", *table(job, rates, finals, seeds, splits), *skipped]
         if out is not None:
             out.write_text("\n".join(lines) + "\n")
     report(lines, out)
+
+
+def methods_of(job: str, methods: list[str]) -> tuple[list[str], list[str]]:
+    """Those of the methods that can be run on a job, and lines about those whose packages are missing."""
+    wanted, skipped = [], []
+    for method in methods:
+        if method == "pointwise" and not SETTINGS[job].depthwise:
+            continue  # it is LoRA there
+        missing = needs(method, SETTINGS[job].depthwise)
+        wanted += [] if missing else [method]
+        skipped += ["", f"{METHODS[method]}: left out, as {' and '.join(missing)} is not installed."] if missing else []
+    return wanted, skipped
 
 
 def versions() -> str:

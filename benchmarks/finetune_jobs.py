@@ -7,11 +7,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.finetune_data import Arrays, load_arrays
-from benchmarks.finetune_networks import Block, Network, RNet, SentenceLayers, SpectralNet, sentence_states
+from benchmarks.finetune_networks import (
+    Block,
+    MobileLower,
+    MobileUpper,
+    Network,
+    RNet,
+    SentenceLayers,
+    SpectralNet,
+    sentence_states,
+)
 
 __all__ = ["SETTINGS", "Job", "Settings", "draw", "load_job"]
+
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of colours from 0 to 1
+MOBILE_SIZE = 64  # pixels a side that digits are enlarged to for MobileNetV2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +48,8 @@ class Settings:
         Learning rate of the head, the same for all methods.
     most_validation : int
         Validation examples of a tuning split at most.
+    depthwise : bool
+        Whether convolutions with a kernel for each channel are among the adapted.
     """
 
     title: str
@@ -45,6 +61,7 @@ class Settings:
     batch: int
     head_rate: float
     most_validation: int = 1000
+    depthwise: bool = False
 
 
 SETTINGS = {
@@ -67,6 +84,17 @@ SETTINGS = {
         epochs=8,
         batch=25,
         head_rate=2e-3,
+    ),
+    "mobile": Settings(
+        "MobileNetV2 (ImageNet), upper 7 of 17 blocks → MNIST, 500 images",
+        MobileUpper,
+        ("expand", "depthwise", "project", "last"),
+        per_class=50,
+        rank=4,
+        epochs=16,
+        batch=25,
+        head_rate=2e-3,
+        depthwise=True,
     ),
     "text": Settings(
         "MiniLM, upper 3 layers → film snippets' polarity",
@@ -128,6 +156,8 @@ def load_job(data: Path, name: str, device: str = "cpu") -> Job:
     inputs: tuple[Tensor, ...] = (x.float(),)
     if name == "text":
         inputs = text_inputs(arrays, x.long(), device)
+    if name == "mobile":
+        inputs = (mobile_inputs(arrays, x, device),)
     group = torch.from_numpy(arrays["group"] if "group" in arrays else np.arange(len(x)))
     base = tensors(arrays, "base.")
     labels, part = (torch.from_numpy(arrays[key]).long() for key in ("y", "part"))
@@ -146,6 +176,20 @@ def text_inputs(arrays: Arrays, tokens: Tensor, device: str) -> tuple[Tensor, Te
     return torch.cat([x for x, _ in parts]), torch.cat([mask for _, mask in parts])
 
 
+@torch.no_grad()
+def mobile_inputs(arrays: Arrays, pictures: Tensor, device: str) -> Tensor:
+    """Outputs of the lower blocks, computed once, for grey pictures in the three colours and of the size wanted."""
+    lower = MobileLower()
+    lower.load_state_dict(tensors(arrays, "lower."))
+    lower.eval().to(device)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in IMAGENET)
+    states = []
+    for part in pictures.split(250):
+        x = F.interpolate(part.to(device) / 255, size=(MOBILE_SIZE, MOBILE_SIZE), mode="bilinear", align_corners=False)
+        states.append(lower((x - mean) / std))
+    return torch.cat(states)
+
+
 def tensors(arrays: Arrays, prefix: str) -> dict[str, Tensor]:
     found = {
         name.removeprefix(prefix): torch.from_numpy(value) for name, value in arrays.items() if name.startswith(prefix)
@@ -153,15 +197,15 @@ def tensors(arrays: Arrays, prefix: str) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
 
-def draw(job: Job, seed: int, tuning: bool) -> tuple[Tensor, Tensor]:
-    """Training and evaluation examples: all of the test, or, for tuning, others of the pool and of other groups."""
+def draw(job: Job, seed: int, tuning: bool, held_share: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Training and evaluation examples: all of the test, or, for tuning, of a share of the pool's groups."""
     rng = np.random.default_rng((seed, tuning))
     pool = np.flatnonzero(job.part.numpy() == 1)
     labels, group = job.labels.numpy(), job.group.numpy()
     evaluated = np.flatnonzero(job.part.numpy() == 2)
     if tuning:
         groups = rng.permutation(np.unique(group[pool]))
-        held = np.isin(group[pool], groups[: len(groups) // 2])
+        held = np.isin(group[pool], groups[: int(held_share * len(groups))])
         evaluated, pool = rng.permutation(pool[held])[: job.settings.most_validation], pool[~held]
     order = rng.permutation(pool)
     of_class = [order[labels[order] == k][: job.settings.per_class] for k in range(job.n_classes)]

@@ -30,13 +30,20 @@ METHODS = {
     "head": "head alone",
     "flora": "FLoRA (ours)",
     "paper": "FLoRA as published",
-    "lora": "LoRA (PEFT)",
+    "lora": "LoRA (PEFT; LyCORIS for depthwise)",
+    "pointwise": "LoRA (PEFT), depthwise left out",
     "loha": "LoHa (PEFT; LyCORIS for 3-D)",
     "lokr": "LoKr (PEFT; LyCORIS for 3-D)",
     "locon": "LoCon-Tucker (LyCORIS)",
 }
-ADAPTERS = ("flora", "paper", "lora", "loha", "lokr", "locon")
-PACKAGES = {"lora": ("peft",), "loha": ("peft", "lycoris"), "lokr": ("peft", "lycoris"), "locon": ("lycoris",)}
+ADAPTERS = ("flora", "paper", "lora", "pointwise", "loha", "lokr", "locon")
+PACKAGES = {
+    "lora": ("peft",),
+    "pointwise": ("peft",),
+    "loha": ("peft", "lycoris"),
+    "lokr": ("peft", "lycoris"),
+    "locon": ("lycoris",),
+}
 LOKR_FACTOR = 4  # of the Kronecker product; the default leaves no rank that trains as many parameters as LoRA
 OURS: dict[str, Any] = {
     "init": "gradient",
@@ -48,9 +55,15 @@ OURS: dict[str, Any] = {
 }
 
 
-def needs(method: str) -> list[str]:
-    """Packages that a method needs and that are not installed."""
-    return [name for name in PACKAGES.get(method, ()) if importlib.util.find_spec(name) is None]
+def needs(method: str, depthwise: bool = False) -> list[str]:
+    """Packages that a method needs, with or without depthwise convolutions, and that are not installed."""
+    packages = (*PACKAGES.get(method, ()), *(["lycoris"] if method == "lora" and depthwise else []))
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+def is_grouped(layer: nn.Module) -> bool:
+    """Whether it is a convolution in groups, for which PEFT's LoRA raises unless the groups divide its rank."""
+    return getattr(layer, "groups", 1) > 1
 
 
 def n_trained(network: nn.Module) -> int:
@@ -126,7 +139,8 @@ def attach_peft(kind: str) -> Callable[[nn.Module, list[str], int], None]:
     def attach(network: nn.Module, names: list[str], rank: int) -> None:
         import peft
 
-        if kind != "LoRA" and any(isinstance(network.get_submodule(name), nn.Conv3d) for name in names):
+        layers = [network.get_submodule(name) for name in names]
+        if any(is_grouped(layer) if kind == "LoRA" else isinstance(layer, nn.Conv3d) for layer in layers):
             attach_lycoris(kind.lower())(network, names, rank)
             return
         if kind == "LoRA":
@@ -158,9 +172,14 @@ def attach_lycoris(algorithm: str, tucker: bool = False) -> Callable[[nn.Module,
     return attach
 
 
+def attach_pointwise(network: nn.Module, names: list[str], rank: int) -> None:
+    attach_peft("LoRA")(network, [name for name in names if not is_grouped(network.get_submodule(name))], rank)
+
+
 ATTACH: dict[str, Callable[[nn.Module, list[str], int], None]] = {
     "paper": attach_published,
     "lora": attach_peft("LoRA"),
+    "pointwise": attach_pointwise,
     "loha": attach_peft("LoHa"),
     "lokr": attach_peft("LoKr"),
     "locon": attach_lycoris("lora", tucker=True),
@@ -170,7 +189,10 @@ ATTACH: dict[str, Callable[[nn.Module, list[str], int], None]] = {
 def matched_rank(
     method: str, make: Callable[[], nn.Module], targets: Sequence[str], rank: int, ours: dict[str, Any]
 ) -> int:
-    """The rank whose number of trained parameters is nearest to LoRA's of `rank`, ours at most 2 % above."""
+    """The rank whose number of trained parameters is nearest to LoRA's of `rank`.
+
+    Ours is at most 2 % above; LoRA without depthwise layers is above, so that it does not lose by having fewer.
+    """
     if method in ("full", "head", "lora") or (method == "flora" and ours["allot"]):
         return rank
 
@@ -186,6 +208,8 @@ def matched_rank(
             break
     if method == "flora":
         return max([r for r, n in counts.items() if n <= 1.02 * wanted], default=1)
+    if method == "pointwise":
+        return min(r for r, n in counts.items() if n >= wanted)
     return min(counts, key=lambda r: abs(counts[r] - wanted))
 
 

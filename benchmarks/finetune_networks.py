@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Network", "RNet", "SentenceLayers", "SpectralNet"]
+__all__ = ["Inverted", "MobileLower", "MobileUpper", "Network", "RNet", "SentenceLayers", "SpectralNet"]
 
 
 class Network(nn.Module, ABC):
@@ -59,6 +59,74 @@ class RNet(Network):
         x = F.max_pool2d(self.prelu2(self.conv2(x)), 3, 2, ceil_mode=True)
         x = self.prelu3(self.conv3(x)).permute(0, 3, 2, 1)
         return self.prelu4(self.dense4(x.flatten(1)))
+
+
+class Inverted(nn.Module):
+    """An inverted residual of MobileNetV2 (Sandler et al., 2018): to more channels, a depthwise kernel, to fewer."""
+
+    def __init__(self, width: int, to: int, stride: int, expansion: int = 6) -> None:
+        super().__init__()
+        inner = expansion * width
+        self.kept = stride == 1 and width == to
+        self.expand = nn.Conv2d(width, inner, 1, bias=False) if expansion > 1 else None
+        self.norm1 = nn.BatchNorm2d(inner) if expansion > 1 else None
+        self.depthwise = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.project = nn.Conv2d(inner, to, 1, bias=False)
+        self.norm2, self.norm3 = nn.BatchNorm2d(inner), nn.BatchNorm2d(to)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        if self.expand is not None and self.norm1 is not None:
+            y = F.relu6(self.norm1(self.expand(y)))
+        y = self.norm3(self.project(F.relu6(self.norm2(self.depthwise(y)))))
+        return x + y if self.kept else y
+
+
+def inverted_blocks() -> list[Inverted]:
+    """The 17 of MobileNetV2, of width 1."""
+    blocks, width = [], 32
+    for expansion, to, count, stride in (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ):
+        for n in range(count):
+            blocks.append(Inverted(width, to, stride if n == 0 else 1, expansion))
+            width = to
+    return blocks
+
+
+MOBILE_LOWER = 10  # blocks of MobileNetV2 whose outputs are computed once
+
+
+class MobileLower(nn.Module):
+    """The first layer and the lower blocks of MobileNetV2: from pictures ``(n, 3, height, width)``, normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
+        self.blocks = nn.Sequential(*inverted_blocks()[:MOBILE_LOWER])
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: Tensor = self.blocks(F.relu6(self.norm(self.conv(x))))
+        return states
+
+
+class MobileUpper(Network):
+    """The upper blocks and the last convolution of MobileNetV2: from outputs of `MobileLower` to means over places."""
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*inverted_blocks()[MOBILE_LOWER:])
+        self.last, self.norm = nn.Conv2d(320, 1280, 1, bias=False), nn.BatchNorm2d(1280)
+        self.head = nn.Linear(1280, n_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu6(self.norm(self.last(self.blocks(x)))).mean((2, 3))
 
 
 class Block(nn.Module):

@@ -24,6 +24,7 @@ SINGLE = {
     "head": (0.0,),
     "paper": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "lora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "pointwise": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "loha": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "lokr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "locon": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -31,6 +32,13 @@ SINGLE = {
 Rate = tuple[float, float]
 RATES: dict[str, list[Rate]] = {method: [(rate, 1.0) for rate in rates] for method, rates in SINGLE.items()}
 RATES["flora"] = [(1e-2, 3.0), (1e-2, 10.0), (2e-2, 1.0), (3e-2, 1.0), (3e-2, 3.0)]
+
+
+DEPTHWISE = (
+    "PEFT's LoRA raises for depthwise convolutions, as its rank is no multiple of their groups. The row of LoRA is "
+    "LyCORIS's, of all layers; where depthwise layers are left out, it is PEFT's, of the least rank that trains as "
+    "many parameters."
+)
 
 
 class Task(NamedTuple):
@@ -132,6 +140,8 @@ def table(job: str, rates: dict[str, Rate], results: Results, seeds: int, splits
             f"| {statistics.mean(own):.1f} ± {deviation(own):.1f} | {to_lora} | {difference(ours, own)} "
             f"| {1e3 * statistics.median(outcome.seconds for outcome in found):.1f} |"
         )
+    if SETTINGS[job].depthwise and "lora" in rates:
+        lines += ["", DEPTHWISE]
     return lines
 
 
