@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probtensor.models.adapter_config import FLoRAConfig
 
-__all__ = ["SavedAdapter", "check_keys", "read_adapter", "write_adapter"]
+__all__ = ["SavedAdapter", "check_keys", "check_tensors", "read_adapter", "write_adapter"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, VERSION = "probtensor FLoRA adapter", 1
@@ -99,3 +99,17 @@ def check_keys(argument: str, expected: set[str], given: Mapping[str, Any]) -> N
     missing, unused = sorted(expected - given.keys()), sorted(given.keys() - expected)
     if missing or unused:
         raise ValueError(f"{argument}: missing tensors {missing}, unused tensors {unused}")
+
+
+def check_tensors(argument: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse a collection of tensors with other names or shapes than those expected.
+
+    Raises
+    ------
+    ValueError
+        With the names, or the shapes.
+    """
+    check_keys(argument, set(expected), given)
+    for key, value in expected.items():
+        if value.shape != given[key].shape:
+            raise ValueError(f"{argument}: expected {key!r} of {tuple(value.shape)}, got {tuple(given[key].shape)}")

@@ -150,7 +150,8 @@ LAYERS: dict[str, Row] = {
 
 
 def config_of(kind: str, **options: Any) -> FLoRAConfig:
-    return FLoRAConfig(r=3, target_modules=["w"] if kind.startswith("bare") else "all", **options)
+    """Small ranks, and updates that are large beside the weights."""
+    return FLoRAConfig(r=3, alpha=1.0, target_modules=["w"] if kind.startswith("bare") else "all", **options)
 
 
 def made(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:

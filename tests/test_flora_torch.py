@@ -140,7 +140,7 @@ def test_no_form_of_a_large_layer_makes_the_whole_update() -> None:
 )
 def test_forms_of_large_layers_equal_their_merge_in_single_precision(layer: nn.Module, shape: tuple[int, ...]) -> None:
     """An update as large as the weight, in a form that does not make it."""
-    adapters, x = inject_adapters(layer, FLoRAConfig(r=16)), draw(*shape).float()
+    adapters, x = inject_adapters(layer, FLoRAConfig(r=16, alpha=1.0)), draw(*shape).float()
     adapters.deltas("default")["weight"].core.data = 0.02 * draw(*adapters.deltas("default")["weight"].ranks).float()
     y_base = (adapters.set_active([]), layer(x))[1]
     y = (adapters.set_active("default"), layer(x))[1].detach()
@@ -277,14 +277,18 @@ def test_a_model_on_the_meta_device(tmp_path: Path) -> None:
     real = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     x = torch.randn(2, 3, 3, 3)
     state, y_base = bits(real), real(x)
-    trained(inject_adapters(real, FLoRAConfig(r=2))).save_pretrained(tmp_path)
+    first = trained(inject_adapters(real, FLoRAConfig(r=2)))
+    first.save_pretrained(tmp_path)
     with torch.device("meta"):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     late = copy.deepcopy(model)
     adapters = inject_adapters(model, FLoRAConfig(r=2))
     model.to_empty(device="cpu").load_state_dict(state)
+    assert model(x).isnan().all(), "a scale by the weight's size waits for the weight"
     adapters.reset_parameters()
     torch.testing.assert_close(model(x), y_base)
+    deltas = adapters.deltas("default")
+    assert [delta.scale for delta in deltas.values()] == [delta.scale for delta in first.deltas("default").values()]
     load_adapters(late, tmp_path)
     late.load_state_dict(state, assign=True)
     assert torch.equal(late(x), real(x))
