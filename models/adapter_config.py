@@ -12,6 +12,7 @@ __all__ = ["FLoRAConfig", "key_matches", "names_match"]
 
 INITS = ("zero", "weight", "gradient")
 BIASES = ("none", "adapted", "all")
+FORMS = ("tucker", "cp")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class FLoRAConfig:
     init : {"zero", "weight", "gradient"}, default "zero"
         The factors at the start: random orthonormal columns, or leading singular vectors of the weight's unfoldings, or
         of a gradient's (`weight_gradients`). The core starts at zero in each case, so the model does not change.
+    form : {"tucker", "cp"}, default "tucker"
+        "cp": the core is diagonal, so that the update is a sum of `r` outer products, over all modes of the weight;
+        `kernel_r` is not used. For matrices that is LoRA with a size for each component. Starts are random, and ranks
+        are not found from data.
     modules_to_save : sequence of str, default ()
         Modules that are trained in full (a new head), by names or their ends: each of their parameters gets an update
         that is dense, with a scale of 1: `alpha` is not for them. Their buffers stay the base's.
@@ -85,6 +90,7 @@ class FLoRAConfig:
     rank_pattern: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float | Literal["rms"]] = field(default_factory=dict)
     init: Literal["zero", "weight", "gradient"] = "zero"
+    form: Literal["tucker", "cp"] = "tucker"
     modules_to_save: Sequence[str] = ()
     bias: Literal["none", "adapted", "all"] = "none"
     random_state: int = 0
@@ -96,9 +102,11 @@ class FLoRAConfig:
         _check_alpha("alpha", self.alpha)
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout: expected a number from 0 to below 1, got {self.dropout!r}")
-        for name, choices in (("init", INITS), ("bias", BIASES)):
+        for name, choices in (("init", INITS), ("bias", BIASES), ("form", FORMS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.form == "cp" and self.init != "zero":
+            raise ValueError(f"init: expected 'zero' with form='cp', got {self.init!r}")
         if not (is_integer(self.random_state) and 0 <= self.random_state < 2**63):
             raise ValueError(f"random_state: expected an integer >= 0, got {self.random_state!r}")
         for name in ("target_modules", "exclude_modules"):
@@ -123,7 +131,7 @@ class FLoRAConfig:
             object.__setattr__(self, name, plain)
 
     def ranks(self, name: str, shape: Sequence[int], n_kernel_modes: int = 0) -> tuple[int, ...]:
-        """Ranks of a parameter, cut to its shape.
+        """Ranks of a parameter, cut to its shape; with ``form="cp"`` one rank, cut to what any tensor needs at most.
 
         Parameters
         ----------
@@ -139,6 +147,10 @@ class FLoRAConfig:
             If `rank_pattern` gives another number of ranks than there are modes.
         """
         value = _first_match(self.rank_pattern, name, self.r)
+        if self.form == "cp":
+            if isinstance(value, tuple):
+                raise ValueError(f"rank_pattern: expected one rank for {name!r} with form='cp', got {value}")
+            return (min(value, math.prod(shape) // max(shape)),)
         n_plain = len(shape) - n_kernel_modes
         ranks = value if isinstance(value, tuple) else (value,) * n_plain + (self.kernel_r,) * n_kernel_modes
         if len(ranks) != len(shape):

@@ -27,7 +27,8 @@ class SavedAdapter:
     name : str
     config : FLoRAConfig
     parameters : dict of str to dict
-        For each adapted parameter by its full name: "shape", "ranks" (lists of int), "scale", "dropout" (float).
+        For each adapted parameter by its full name: "shape", "ranks" (lists of int), "scale", "dropout" (float), and
+        "form" if it is another than Tucker's.
     tensors : dict of str to Tensor
         Cores and factors, "<parameter>.core", "<parameter>.factor_<mode>".
     """
@@ -76,8 +77,9 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
     adapter = SavedAdapter(meta["name"], config, meta["parameters"], load_file(folder / TENSORS))
     expected = {f"{name}.core" for name in adapter.parameters}
     for name, entry in adapter.parameters.items():
-        pairs = enumerate(zip(entry["shape"], entry["ranks"], strict=True))
-        expected |= {f"{name}.factor_{n}" for n, (size, rank) in pairs if rank < size}
+        ranks = entry["ranks"] * len(entry["shape"]) if "form" in entry else entry["ranks"]
+        pairs = enumerate(zip(entry["shape"], ranks, strict=True))
+        expected |= {f"{name}.factor_{n}" for n, (size, rank) in pairs if rank < size or "form" in entry}
     check_keys("path", expected, adapter.tensors)
     return adapter
 

@@ -217,7 +217,7 @@ def grouped_parameters(
             raise ValueError(f"{argument}: expected a number of at least 0, got {value!r}")
     cores, factors, dense = [list[nn.Parameter]() for _ in range(3)]
     for delta in deltas:
-        in_full = delta.ranks == delta.shape and delta.scale == 1.0
+        in_full = all(A is None for A in delta.factors) and delta.scale == 1.0
         for key, parameter in delta.named_parameters():
             if parameter.requires_grad:
                 (dense if in_full else cores if key == "core" else factors).append(parameter)

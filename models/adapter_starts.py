@@ -13,6 +13,7 @@ from probtensor.models.adapter_files import SavedAdapter
 from probtensor.models.adapter_layers import kernel_modes
 from probtensor.models.adapter_modules import TuckerDelta
 from probtensor.models.adapter_targets import Target, all_parameters, find_targets
+from probtensor.models.cp_delta import CPDelta, cp_scale
 from probtensor.models.tucker_delta import combined, leading_factors, step_scale
 
 __all__ = [
@@ -206,7 +207,7 @@ def start_scale(config: FLoRAConfig, name: str, weight: Tensor, ranks: Sequence[
             )
         size = norm / math.sqrt(weight.numel()) if norm else 1 / math.sqrt(weight.numel() // len(weight))
         alpha = size if math.isnan(size) else 2.0 ** round(math.log2(size))
-    return step_scale(alpha, weight.shape, ranks)
+    return cp_scale(alpha, weight.ndim, *ranks) if config.form == "cp" else step_scale(alpha, weight.shape, ranks)
 
 
 def empty_delta(target: Target, config: FLoRAConfig, ranks: Sequence[int], scale: float, dropout: float) -> TuckerDelta:
@@ -221,7 +222,8 @@ def empty_delta(target: Target, config: FLoRAConfig, ranks: Sequence[int], scale
     scale, dropout : float
     """
     parameter = target.parameter
-    delta = TuckerDelta(
+    kind = CPDelta if config.form == "cp" and not target.dense else TuckerDelta
+    delta = kind(
         tuple(parameter.shape),
         ranks,
         scale,
@@ -273,7 +275,7 @@ def saved_deltas(saved: SavedAdapter, model: nn.Module) -> tuple[list[Target], l
         parameter, where = places[full_name]
         if list(parameter.shape) != entry["shape"]:
             raise ValueError(f"model: expected {full_name!r} of {entry['shape']}, got {list(parameter.shape)}")
-        targets.append(Target(full_name, parameter, where, entry["shape"] == entry["ranks"]))
+        targets.append(Target(full_name, parameter, where, entry["shape"] == entry["ranks"] and "form" not in entry))
         delta = empty_delta(targets[-1], saved.config, entry["ranks"], entry["scale"], entry["dropout"])
         tensors = {
             key: saved.tensors[f"{full_name}.{key}"] for key, value in delta._parameters.items() if value is not None

@@ -5,6 +5,7 @@ is in `tucker_delta`, settings in `adapter_config`, the choice of weights in `ad
 `adapter_starts`, modules in `adapter_modules`, layers in `adapter_layers`.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -296,7 +297,7 @@ class Adapters:
             if not is_number(weight):
                 raise ValueError(f"weights: expected numbers, got {weight!r} for {other!r}")
         self._check_new(name)
-        config = self.config(next(iter(weights)))
+        config = dataclasses.replace(self.config(next(iter(weights))), form="tucker")
         for bank in self.banks.values():
             parts = [other for other in weights if other in bank.deltas]
             if parts:
