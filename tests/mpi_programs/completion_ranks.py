@@ -12,11 +12,15 @@ from torch import Tensor
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm, Serial, abort_on_error, world
 from probtensor.estimator import UnknownLabelWarning
-from probtensor.models import NeuralTensorCompletion
+from probtensor.models import NeuralTensorCompletion, completion_effects, completion_pairs
 
 N = 4200  # two blocks: of three ranks one gets no rows
 QUICK = {"rank": 2, "hidden": (8,), "embedding": 4, "max_epochs": 3, "n_members": 2, "random_state": 0}
-QUICK |= {"batch_size": 400, "progress": False, "device": "cpu"}
+QUICK |= {"batch_size": 800, "progress": False, "device": "cpu"}
+
+# Each pass is hundreds of sums over the ranks, of which none can go on while another has no core to run on.
+completion_effects.PASSES = completion_effects.LINK_PASSES = 1
+completion_effects.SWEEPS, completion_effects.TRIAL_SWEEPS, completion_pairs.TRIAL_SWEEPS = 3, 1, 2
 
 
 def table(likelihood: str) -> tuple[pd.DataFrame, np.ndarray, pd.DataFrame]:
