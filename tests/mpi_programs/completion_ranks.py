@@ -1,4 +1,7 @@
-"""Neural completion on rows dealt to several ranks, against the same fit on one."""
+"""Neural completion on rows dealt to several ranks, against the same fit on one.
+
+Started by ``tests/test_completion_mpi.py`` with a folder for checkpoints that is not there yet.
+"""
 
 import sys
 import warnings
@@ -152,10 +155,9 @@ def check_fits(comm: Comm) -> None:
 def main() -> None:
     comm = world()
     with abort_on_error(comm):
-        if len(sys.argv) > 1:
+        check_fits(comm)
+        if comm.size == 2:
             check_checkpoints(comm, sys.argv[1])
-        else:
-            check_fits(comm)
     if comm.is_root:
         print(f"ok on {comm.size}")
         sys.stdout.flush()
