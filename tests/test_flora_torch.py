@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -345,13 +344,6 @@ def test_data_parallel_wrappers_train_as_one_process_does(root: Path, tmp_path: 
     """Two processes under DDP, and under FSDP with the original parameters."""
     program = str(root / "tests" / "torch_programs" / "adapters.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, program]
-    jobs = [subprocess.Popen([*command, str(k), "2", str(tmp_path / "m")], env=environment, **pipes) for k in (0, 1)]
-    try:
-        for job in jobs:
-            out, err = job.communicate(timeout=100)
-            assert (job.returncode, out.strip()) == (0, "equal"), err
-    finally:
-        for job in jobs:
-            job.kill()
+    command = [sys.executable, program, str(tmp_path / "m")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "equal"), done.stderr
