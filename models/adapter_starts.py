@@ -173,8 +173,8 @@ def new_delta(target: Target, config: FLoRAConfig, gradients: Mapping[str, Tenso
 def start_scale(config: FLoRAConfig, name: str, weight: Tensor, ranks: Sequence[int]) -> float:
     """The scale ``s`` of an update; NaN where `alpha` is "rms" and the weight on the meta device.
 
-    A power of two for "rms": there are few, so layers that are compiled one by one share graphs, and each is exact in
-    every precision and the same on every device.
+    For "rms" `alpha` is a power of two: there are few of them, so layers that are compiled one by one share graphs, and
+    it hardly depends on the weight's precision and device.
 
     Parameters
     ----------
