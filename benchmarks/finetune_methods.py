@@ -49,9 +49,8 @@ OURS: dict[str, Any] = {
     "init": "gradient",
     "factor_rate": 1.0,
     "kernel_r": 99,
-    "relative": True,
     "allot": True,
-    "alpha": 1.0,
+    "alpha": "rms",
 }
 
 
@@ -101,14 +100,10 @@ def attach_flora(network: Any, names: list[str], rank: int, seed: int, loss: Los
     if gradients is not None and allot:
         ranks = gradient_ranks(gradients, rank)
         changes["rank_pattern"] = {re.escape(name): found for name, found in ranks.items()}
-    if ours["relative"]:
-        sizes = {name: float(network.get_submodule(name).weight.square().mean().sqrt()) for name in names}
-        changes["alpha_pattern"] = {re.escape(name): ours["alpha"] * size for name, size in sizes.items()}
     config = FLoRAConfig(**{**config.as_dict(), **changes})
     adapters = inject_adapters(network, config, gradients=gradients if start == "gradient" else None)
-    parameters = [(name, p) for d in adapters.deltas("default").values() for name, p in d.named_parameters()]
-    core = [p for name, p in parameters if name == "core"]
-    return [(core, 1.0), ([p for name, p in parameters if name != "core"], ours["factor_rate"])]
+    groups = adapters.parameter_groups(1.0, factor_ratio=ours["factor_rate"])
+    return [(group["params"], group["lr"]) for group in groups]
 
 
 class PublishedDelta(nn.Module):

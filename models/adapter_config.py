@@ -12,6 +12,7 @@ __all__ = ["FLoRAConfig", "key_matches", "names_match"]
 
 INITS = ("zero", "weight", "gradient")
 BIASES = ("none", "adapted", "all")
+FORMS = ("tucker", "cp")
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,11 @@ class FLoRAConfig:
         size.
     kernel_r : int, default 2
         Rank of the spatial modes of convolutions' kernels.
-    alpha : float, default 1.0
-        A step of size ``lr`` in the core moves the weight by about ``alpha·lr``, whatever its order and ranks.
+    alpha : "rms" or float, default "rms"
+        A step of size ``lr`` in the core moves the weight by about ``alpha·lr``, whatever its order and ranks. "rms":
+        the power of two nearest to the weight's root mean square when the adapter is injected, so that a step is ``lr``
+        of the weight's size; for a weight of zeros to ``1/√(I2·…·IN)``, with which inputs of size 1 have outputs of
+        size 1. The number is saved with the adapter.
     dropout : float, default 0.0
         Probability with which an entry of the layer's input is dropped, for the update alone. Only for layers that have
         one input of numbers: linear and convolutions.
@@ -39,14 +43,18 @@ class FLoRAConfig:
     rank_pattern : mapping of str to (int or sequence of int), default {}
         Other ranks for parameters: keys are regular expressions for names or their ends, the first that matches
         serves. An integer takes the place of `r`, a sequence gives the rank of each mode.
-    alpha_pattern : mapping of str to float, default {}
+    alpha_pattern : mapping of str to ("rms" or float), default {}
         Other values of `alpha`, in the same manner.
     init : {"zero", "weight", "gradient"}, default "zero"
         The factors at the start: random orthonormal columns, or leading singular vectors of the weight's unfoldings, or
         of a gradient's (`weight_gradients`). The core starts at zero in each case, so the model does not change.
+    form : {"tucker", "cp"}, default "tucker"
+        "cp": the core is diagonal, so that the update is a sum of `r` outer products, over all modes of the weight;
+        `kernel_r` is not used. For matrices that is LoRA with a size for each component. Starts are random, and ranks
+        are not found from data.
     modules_to_save : sequence of str, default ()
         Modules that are trained in full (a new head), by names or their ends: each of their parameters gets an update
-        that is dense. Their buffers stay the base's.
+        that is dense, with a scale of 1: `alpha` is not for them. Their buffers stay the base's.
     bias : {"none", "adapted", "all"}, default "none"
         Which biases are trained in full: none, those beside adapted weights, or all of the model's.
     random_state : int, default 0
@@ -75,13 +83,14 @@ class FLoRAConfig:
 
     r: int = 8
     kernel_r: int = 2
-    alpha: float = 1.0
+    alpha: float | Literal["rms"] = "rms"
     dropout: float = 0.0
     target_modules: str | Sequence[str] = "all"
     exclude_modules: str | Sequence[str] = ()
     rank_pattern: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float | Literal["rms"]] = field(default_factory=dict)
     init: Literal["zero", "weight", "gradient"] = "zero"
+    form: Literal["tucker", "cp"] = "tucker"
     modules_to_save: Sequence[str] = ()
     bias: Literal["none", "adapted", "all"] = "none"
     random_state: int = 0
@@ -93,9 +102,11 @@ class FLoRAConfig:
         _check_alpha("alpha", self.alpha)
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout: expected a number from 0 to below 1, got {self.dropout!r}")
-        for name, choices in (("init", INITS), ("bias", BIASES)):
+        for name, choices in (("init", INITS), ("bias", BIASES), ("form", FORMS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.form == "cp" and self.init != "zero":
+            raise ValueError(f"init: expected 'zero' with form='cp', got {self.init!r}")
         if not (is_integer(self.random_state) and 0 <= self.random_state < 2**63):
             raise ValueError(f"random_state: expected an integer >= 0, got {self.random_state!r}")
         for name in ("target_modules", "exclude_modules"):
@@ -116,11 +127,11 @@ class FLoRAConfig:
                         _check_rank(f"{name}[{key!r}]", rank)
                 else:
                     _check_rank(f"{name}[{key!r}]", value)
-            plain = {key: tuple(v) if isinstance(v, Sequence) else v for key, v in pattern.items()}
+            plain = {key: v if is_number(v) or isinstance(v, str) else tuple(v) for key, v in pattern.items()}
             object.__setattr__(self, name, plain)
 
     def ranks(self, name: str, shape: Sequence[int], n_kernel_modes: int = 0) -> tuple[int, ...]:
-        """Ranks of a parameter, cut to its shape.
+        """Ranks of a parameter, cut to its shape; with ``form="cp"`` one rank, cut to what any tensor needs at most.
 
         Parameters
         ----------
@@ -136,15 +147,20 @@ class FLoRAConfig:
             If `rank_pattern` gives another number of ranks than there are modes.
         """
         value = _first_match(self.rank_pattern, name, self.r)
+        if self.form == "cp":
+            if isinstance(value, tuple):
+                raise ValueError(f"rank_pattern: expected one rank for {name!r} with form='cp', got {value}")
+            return (min(value, math.prod(shape) // max(shape)),)
         n_plain = len(shape) - n_kernel_modes
         ranks = value if isinstance(value, tuple) else (value,) * n_plain + (self.kernel_r,) * n_kernel_modes
         if len(ranks) != len(shape):
             raise ValueError(f"rank_pattern: expected {len(shape)} ranks for {name!r} {tuple(shape)}, got {ranks}")
         return tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
 
-    def alpha_of(self, name: str) -> float:
+    def alpha_of(self, name: str) -> float | Literal["rms"]:
         """The `alpha` of a parameter, by its full name."""
-        return float(_first_match(self.alpha_pattern, name, self.alpha))
+        value = _first_match(self.alpha_pattern, name, self.alpha)
+        return "rms" if value == "rms" else float(value)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON takes them; ``FLoRAConfig(**config.as_dict()) == config``."""
@@ -189,8 +205,8 @@ def _check_rank(name: str, value: object) -> None:
 
 
 def _check_alpha(name: str, value: object) -> None:
-    if not (is_number(value) and math.isfinite(value) and value > 0):  # type: ignore[arg-type, operator]
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
+    if value != "rms" and not (is_number(value) and math.isfinite(value) and value > 0):  # type: ignore[arg-type, operator]
+        raise ValueError(f"{name}: expected 'rms' or a positive number, got {value!r}")
 
 
 def _check_regex(name: str, value: object) -> None:

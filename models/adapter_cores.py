@@ -37,7 +37,8 @@ def trained_cores(adapters: Adapters, name: str, subset: str | Sequence[str]) ->
     if isinstance(subset, str):
         if subset not in ("core", "all"):
             raise ValueError(f"subset: expected 'core', 'all' or names of parameters, got {subset!r}")
-        chosen = [layer for layer, delta in deltas.items() if subset == "all" or delta.ranks != delta.shape]
+        low = [layer for layer, delta in deltas.items() if any(A is not None for A in delta.factors)]
+        chosen = list(deltas) if subset == "all" else low
     else:
         chosen = list(dict.fromkeys(subset))
         for layer in chosen:

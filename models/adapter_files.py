@@ -12,7 +12,7 @@ from torch import Tensor
 
 from probtensor.models.adapter_config import FLoRAConfig
 
-__all__ = ["SavedAdapter", "check_keys", "read_adapter", "write_adapter"]
+__all__ = ["SavedAdapter", "check_keys", "check_tensors", "read_adapter", "write_adapter"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, VERSION = "probtensor FLoRA adapter", 1
@@ -27,7 +27,8 @@ class SavedAdapter:
     name : str
     config : FLoRAConfig
     parameters : dict of str to dict
-        For each adapted parameter by its full name: "shape", "ranks" (lists of int), "scale", "dropout" (float).
+        For each adapted parameter by its full name: "shape", "ranks" (lists of int), "scale", "dropout" (float), and
+        "form" if it is another than Tucker's.
     tensors : dict of str to Tensor
         Cores and factors, "<parameter>.core", "<parameter>.factor_<mode>".
     """
@@ -76,8 +77,9 @@ def read_adapter(directory: str | os.PathLike[str]) -> SavedAdapter:
     adapter = SavedAdapter(meta["name"], config, meta["parameters"], load_file(folder / TENSORS))
     expected = {f"{name}.core" for name in adapter.parameters}
     for name, entry in adapter.parameters.items():
-        pairs = enumerate(zip(entry["shape"], entry["ranks"], strict=True))
-        expected |= {f"{name}.factor_{n}" for n, (size, rank) in pairs if rank < size}
+        ranks = entry["ranks"] * len(entry["shape"]) if "form" in entry else entry["ranks"]
+        pairs = enumerate(zip(entry["shape"], ranks, strict=True))
+        expected |= {f"{name}.factor_{n}" for n, (size, rank) in pairs if rank < size or "form" in entry}
     check_keys("path", expected, adapter.tensors)
     return adapter
 
@@ -99,3 +101,17 @@ def check_keys(argument: str, expected: set[str], given: Mapping[str, Any]) -> N
     missing, unused = sorted(expected - given.keys()), sorted(given.keys() - expected)
     if missing or unused:
         raise ValueError(f"{argument}: missing tensors {missing}, unused tensors {unused}")
+
+
+def check_tensors(argument: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse a collection of tensors with other names or shapes than those expected.
+
+    Raises
+    ------
+    ValueError
+        With the names, or the shapes.
+    """
+    check_keys(argument, set(expected), given)
+    for key, value in expected.items():
+        if value.shape != given[key].shape:
+            raise ValueError(f"{argument}: expected {key!r} of {tuple(value.shape)}, got {tuple(given[key].shape)}")

@@ -10,7 +10,8 @@ The updates are in a submodule of the layer, so that ``parameters()``, ``to()`` 
 takes no part in ``state_dict`` and ``load_state_dict``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,8 +20,19 @@ from torch import Tensor, nn
 
 from probtensor.models.adapter_config import FLoRAConfig
 from probtensor.models.tucker_delta import Tucker, random_factors, updated
+from probtensor.resources import is_number
 
-__all__ = ["SLOT", "Bank", "TuckerDelta", "adapt", "bank_of", "base_parameter", "release", "sites"]
+__all__ = [
+    "SLOT",
+    "Bank",
+    "TuckerDelta",
+    "adapt",
+    "bank_of",
+    "base_parameter",
+    "grouped_parameters",
+    "release",
+    "sites",
+]
 
 SLOT = "_flora"  # name of the submodule that holds a layer's adapters
 
@@ -96,6 +108,11 @@ class TuckerDelta(_Hidden):
     def update(self) -> Tucker:
         """Core, factors and scale."""
         return Tucker(self.core, self.factors, self.scale)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What files hold beside the tensors."""
+        shape, ranks = list(self.shape), list(self.ranks)
+        return {"shape": shape, "ranks": ranks, "scale": self.scale, "dropout": self.dropout}
 
     def reset_parameters(self) -> None:
         """Go back to the random start, where the update is zero; for models that were on the meta device."""
@@ -182,6 +199,30 @@ class Bank(_Hidden):
 
 class _Slot(_Hidden):
     """The banks of one layer, by the parameter's name in it."""
+
+
+def grouped_parameters(
+    deltas: Iterable[TuckerDelta], lr: float, factor_ratio: float, dense_ratio: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: cores, factors, and updates of full rank and scale 1; see `Adapters.parameter_groups`.
+
+    Raises
+    ------
+    ValueError
+        If a number is negative or not finite.
+    """
+    given = {"lr": lr, "factor_ratio": factor_ratio, "dense_ratio": dense_ratio, "weight_decay": weight_decay}
+    for argument, value in given.items():
+        if not (is_number(value) and 0 <= value < math.inf):
+            raise ValueError(f"{argument}: expected a number of at least 0, got {value!r}")
+    cores, factors, dense = [list[nn.Parameter]() for _ in range(3)]
+    for delta in deltas:
+        in_full = all(A is None for A in delta.factors) and delta.scale == 1.0
+        for key, parameter in delta.named_parameters():
+            if parameter.requires_grad:
+                (dense if in_full else cores if key == "core" else factors).append(parameter)
+    rows = ((cores, 1.0, weight_decay), (factors, factor_ratio, 0.0), (dense, dense_ratio, weight_decay))
+    return [{"params": some, "lr": lr * ratio, "weight_decay": decay} for some, ratio, decay in rows if some]
 
 
 def bank_of(module: nn.Module, name: str) -> Bank | None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from probtensor.models.adapter_modules import TuckerDelta
+from probtensor.models.cp_delta import CPDelta
 from probtensor.models.flora import Adapters
 from probtensor.models.tucker_delta import mode_product, step_scale
 from probtensor.resources import is_integer, is_number
@@ -245,6 +246,8 @@ def _left(unfolding: Tensor) -> tuple[Tensor, Tensor]:
 def _low_rank(adapters: Adapters, name: str | None) -> dict[str, TuckerDelta]:
     """An adapter's updates but for the dense ones."""
     deltas = adapters.deltas(adapters._one(name))
+    if any(isinstance(delta, CPDelta) for delta in deltas.values()):
+        raise ValueError("adapters: expected updates in Tucker form, got form='cp', which has one rank for all modes")
     return {layer: delta for layer, delta in deltas.items() if delta.ranks != delta.shape}
 
 

@@ -1,4 +1,4 @@
-"""Updates at their start: random, from the weight, from a gradient, from a file."""
+"""Updates at their start: random, from the weight, from a gradient, from a file, from others."""
 
 import math
 import zlib
@@ -9,12 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from probtensor.models.adapter_config import FLoRAConfig
+from probtensor.models.adapter_files import SavedAdapter
 from probtensor.models.adapter_layers import kernel_modes
 from probtensor.models.adapter_modules import TuckerDelta
-from probtensor.models.adapter_targets import Target, find_targets
-from probtensor.models.tucker_delta import leading_factors, step_scale
+from probtensor.models.adapter_targets import Target, all_parameters, find_targets
+from probtensor.models.cp_delta import CPDelta, cp_scale
+from probtensor.models.tucker_delta import combined, leading_factors, step_scale
 
-__all__ = ["empty_delta", "filled", "gradient_ranks", "new_delta", "weight_gradients"]
+__all__ = [
+    "empty_delta",
+    "filled",
+    "gradient_ranks",
+    "new_delta",
+    "saved_deltas",
+    "start_scale",
+    "summed_delta",
+    "weight_gradients",
+]
 
 
 def weight_gradients(
@@ -144,7 +155,9 @@ def new_delta(target: Target, config: FLoRAConfig, gradients: Mapping[str, Tenso
     if target.dense:
         return empty_delta(target, config, shape, 1.0, 0.0)
     ranks = config.ranks(name, shape, kernel_modes(target.places[0].module))
-    delta = empty_delta(target, config, ranks, step_scale(config.alpha_of(name), shape, ranks), float(config.dropout))
+    delta = empty_delta(
+        target, config, ranks, start_scale(config, name, target.parameter, ranks), float(config.dropout)
+    )
     if config.init != "zero" and target.parameter.is_meta:
         raise ValueError(f"init: expected 'zero' for a model on the meta device, got {config.init!r}")
     if config.init == "weight":
@@ -155,6 +168,46 @@ def new_delta(target: Target, config: FLoRAConfig, gradients: Mapping[str, Tenso
             raise ValueError(f"gradients: expected one of {shape} for {name!r}, got {found}")
         delta.start(leading_factors(gradients[name], ranks))
     return delta
+
+
+def start_scale(config: FLoRAConfig, name: str, weight: Tensor, ranks: Sequence[int]) -> float:
+    """The scale ``s`` of an update; NaN where `alpha` is "rms" and the weight on the meta device.
+
+    For "rms" `alpha` is a power of two: there are few of them, so layers that are compiled one by one share graphs, and
+    it hardly depends on the weight's precision and device.
+
+    Parameters
+    ----------
+    config : FLoRAConfig
+    name : str
+        The weight's full name.
+    weight : Tensor, shape (I1, …, IN)
+        Of the base.
+    ranks : sequence of int
+
+    Raises
+    ------
+    ValueError
+        If `alpha` is "rms" and the weight is not finite.
+
+    Examples
+    --------
+    >>> start_scale(FLoRAConfig(), "weight", torch.full((9, 4), 0.23), (2, 2)), 2 * 0.25
+    (0.5, 0.5)
+    >>> start_scale(FLoRAConfig(), "weight", torch.zeros(9, 4), (2, 2)), 2 / 4**0.5
+    (1.0, 1.0)
+    """
+    alpha = config.alpha_of(name)
+    if alpha == "rms":
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        norm = math.nan if weight.is_meta else float(torch.linalg.vector_norm(weight.detach(), dtype=wide))
+        if not (weight.is_meta or math.isfinite(norm)):
+            raise ValueError(
+                f"alpha: expected a number, as {name!r} has no root mean square (NaN or infinity), got 'rms'"
+            )
+        size = norm / math.sqrt(weight.numel()) if norm else 1 / math.sqrt(weight.numel() // len(weight))
+        alpha = size if math.isnan(size) else 2.0 ** round(math.log2(size))
+    return cp_scale(alpha, weight.ndim, *ranks) if config.form == "cp" else step_scale(alpha, weight.shape, ranks)
 
 
 def empty_delta(target: Target, config: FLoRAConfig, ranks: Sequence[int], scale: float, dropout: float) -> TuckerDelta:
@@ -169,7 +222,8 @@ def empty_delta(target: Target, config: FLoRAConfig, ranks: Sequence[int], scale
     scale, dropout : float
     """
     parameter = target.parameter
-    delta = TuckerDelta(
+    kind = CPDelta if config.form == "cp" and not target.dense else TuckerDelta
+    delta = kind(
         tuple(parameter.shape),
         ranks,
         scale,
@@ -202,4 +256,40 @@ def filled(delta: TuckerDelta, tensors: Mapping[str, Tensor], name: str) -> Tuck
             raise ValueError(f"path: expected {name}.{key} of {expected}, got {tuple(value.shape)}")
         device = "cpu" if own.is_meta else own.device
         delta._parameters[key] = nn.Parameter(value.to(device, own.dtype, copy=True))
+    return delta
+
+
+def saved_deltas(saved: SavedAdapter, model: nn.Module) -> tuple[list[Target], list[TuckerDelta]]:
+    """The parameters that a saved adapter updates, and its updates.
+
+    Raises
+    ------
+    ValueError
+        If the model lacks a parameter, or one has another shape.
+    """
+    places = {place.full_name: found for found in all_parameters(model) for place in found[1]}
+    targets, deltas = [], []
+    for full_name, entry in saved.parameters.items():
+        if full_name not in places:
+            raise ValueError(f"model: expected a parameter {full_name!r}, which the adapter updates, got none")
+        parameter, where = places[full_name]
+        if list(parameter.shape) != entry["shape"]:
+            raise ValueError(f"model: expected {full_name!r} of {entry['shape']}, got {list(parameter.shape)}")
+        targets.append(Target(full_name, parameter, where, entry["shape"] == entry["ranks"] and "form" not in entry))
+        delta = empty_delta(targets[-1], saved.config, entry["ranks"], entry["scale"], entry["dropout"])
+        tensors = {
+            key: saved.tensors[f"{full_name}.{key}"] for key, value in delta._parameters.items() if value is not None
+        }
+        deltas.append(filled(delta, tensors, full_name))
+    return targets, deltas
+
+
+@torch.no_grad()
+def summed_delta(parts: Sequence[TuckerDelta], weights: Sequence[float], config: FLoRAConfig) -> TuckerDelta:
+    """The update that is a weighted sum of others, with scale 1."""
+    first, total = parts[0], combined([part.update for part in parts], weights)
+    kind = {"dtype": first.core.dtype, "device": first.core.device}
+    delta = TuckerDelta(first.shape, total.core.shape, 1.0, 0, config, dropout=first.dropout, **kind)  # type: ignore[arg-type]
+    delta.start(total.factors)
+    delta.core.copy_(total.core)
     return delta

@@ -5,21 +5,30 @@ is in `tucker_delta`, settings in `adapter_config`, the choice of weights in `ad
 `adapter_starts`, modules in `adapter_modules`, layers in `adapter_layers`.
 """
 
+import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from probtensor.models.adapter_config import FLoRAConfig
-from probtensor.models.adapter_files import SavedAdapter, check_keys, read_adapter, write_adapter
+from probtensor.models.adapter_files import SavedAdapter, check_tensors, read_adapter, write_adapter
 from probtensor.models.adapter_layers import layer_forward
-from probtensor.models.adapter_modules import Bank, TuckerDelta, adapt, bank_of, base_parameter, release, sites
-from probtensor.models.adapter_starts import empty_delta, filled, new_delta
+from probtensor.models.adapter_modules import (
+    Bank,
+    TuckerDelta,
+    adapt,
+    bank_of,
+    base_parameter,
+    grouped_parameters,
+    release,
+    sites,
+)
+from probtensor.models.adapter_starts import new_delta, saved_deltas, start_scale, summed_delta
 from probtensor.models.adapter_targets import Target, all_parameters, find_targets
-from probtensor.models.tucker_delta import combined
 from probtensor.resources import is_number
 
 __all__ = ["Adapters", "FLoRAConfig", "inject_adapters", "load_adapters"]
@@ -62,7 +71,8 @@ def inject_adapters(
     trainable: 70 of 312 parameters (22.44 %)
     >>> sorted(model.state_dict()), isinstance(model[0], nn.Conv2d)
     (['0.bias', '0.weight', '2.bias', '2.weight'], True)
-    >>> optimizer = torch.optim.Adam(adapters.trainable_parameters(), lr=1e-2)
+    >>> import torch
+    >>> optimizer = torch.optim.Adam(adapters.parameter_groups(lr=1e-2))
     """
     adapters = Adapters(model)
     adapters._check_new(name)
@@ -101,21 +111,7 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], name: str | No
     name = saved.name if name is None else name
     adapters = Adapters(model)
     adapters._check_new(name)
-    places = {place.full_name: found for found in all_parameters(model) for place in found[1]}
-    targets, deltas = [], []
-    for full_name, entry in saved.parameters.items():
-        if full_name not in places:
-            raise ValueError(f"model: expected a parameter {full_name!r}, which the adapter updates, got none")
-        parameter, where = places[full_name]
-        if list(parameter.shape) != entry["shape"]:
-            raise ValueError(f"model: expected {full_name!r} of {entry['shape']}, got {list(parameter.shape)}")
-        targets.append(Target(full_name, parameter, where, entry["shape"] == entry["ranks"]))
-        delta = empty_delta(targets[-1], saved.config, entry["ranks"], entry["scale"], entry["dropout"])
-        tensors = {
-            key: saved.tensors[f"{full_name}.{key}"] for key, value in delta._parameters.items() if value is not None
-        }
-        deltas.append(filled(delta, tensors, full_name))
-    adapters._add(name, targets, deltas)
+    adapters._add(name, *saved_deltas(saved, model))
     return adapters
 
 
@@ -140,6 +136,7 @@ class Adapters:
 
     Examples
     --------
+    >>> import torch
     >>> model = nn.Linear(4, 3)
     >>> adapters = inject_adapters(model, FLoRAConfig(r=2), "first")
     >>> adapters = inject_adapters(model, FLoRAConfig(r=1), "second")
@@ -300,25 +297,52 @@ class Adapters:
             if not is_number(weight):
                 raise ValueError(f"weights: expected numbers, got {weight!r} for {other!r}")
         self._check_new(name)
-        config = self.config(next(iter(weights)))
+        config = dataclasses.replace(self.config(next(iter(weights))), form="tucker")
         for bank in self.banks.values():
             parts = [other for other in weights if other in bank.deltas]
             if parts:
-                first = bank.deltas[parts[0]]
-                with torch.no_grad():
-                    total = combined([bank.deltas[part].update for part in parts], [weights[part] for part in parts])
-                kind = {"dtype": first.core.dtype, "device": first.core.device}
-                ranks = tuple(total.core.shape)
-                delta = TuckerDelta(first.shape, ranks, 1.0, 0, config, dropout=first.dropout, **kind)  # type: ignore[arg-type]
-                delta.start(total.factors)
-                with torch.no_grad():
-                    delta.core.copy_(total.core)
+                delta = summed_delta([bank.deltas[part] for part in parts], [weights[part] for part in parts], config)
                 bank._modules[name] = delta.train(bank.training).requires_grad_(False)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters for an optimizer: those of the active adapters, each once."""
-        deltas = (bank.deltas[name] for bank in self.banks.values() for name in bank.active if name in bank.deltas)
-        return [parameter for delta in deltas for parameter in delta.parameters() if parameter.requires_grad]
+        return [
+            parameter for delta in self._active_deltas() for parameter in delta.parameters() if parameter.requires_grad
+        ]
+
+    def parameter_groups(
+        self, lr: float, *, factor_ratio: float = 2.0, dense_ratio: float = 0.1, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """The trainable parameters for an optimizer in groups with a learning rate of their own.
+
+        Parameters
+        ----------
+        lr : float
+            Of cores. With ``alpha="rms"`` and Adam, the share of its size that a weight moves by in a step.
+        factor_ratio : float, default 2.0
+            Rate of factors, in `lr`. Of 1, 3 and 10, validation chose 3, 3 and 1 on three tasks (docs/adapters.md).
+        dense_ratio : float, default 0.1
+            Rate of what is trained in full (biases, modules to save), in `lr`: its steps are not relative to its size.
+        weight_decay : float, default 0.0
+            Of cores and of what is trained in full: it pulls weights to the base's. Factors have none.
+
+        Returns
+        -------
+        list of dict
+            With the keys "params", "lr" and "weight_decay"; groups without parameters are left out.
+
+        Raises
+        ------
+        ValueError
+            If a number is negative or not finite.
+
+        Examples
+        --------
+        >>> adapters = inject_adapters(nn.Linear(6, 5), FLoRAConfig(r=2, bias="all"))
+        >>> [(len(group["params"]), group["lr"]) for group in adapters.parameter_groups(0.01)]
+        [(1, 0.01), (2, 0.02), (1, 0.001)]
+        """
+        return grouped_parameters(self._active_deltas(), lr, factor_ratio, dense_ratio, weight_decay)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of all of base and active adapters."""
@@ -345,10 +369,7 @@ class Adapters:
             If one is missing, left over, or of another shape.
         """
         own = self.state_dict(name)
-        check_keys("state", set(own), state)
-        for key, value in own.items():
-            if value.shape != state[key].shape:
-                raise ValueError(f"state: expected {key!r} of {tuple(value.shape)}, got {tuple(state[key].shape)}")
+        check_tensors("state", own, state)
         for key, value in own.items():
             value.copy_(state[key])
 
@@ -367,26 +388,28 @@ class Adapters:
             If there is no such adapter, or several act and none is named.
         """
         name = self._one(name)
-        parameters = {
-            full_name: {
-                "shape": list(delta.shape),
-                "ranks": list(delta.ranks),
-                "scale": delta.scale,
-                "dropout": delta.dropout,
-            }
-            for full_name, delta in self.deltas(name).items()
-        }
+        parameters = {full_name: delta.as_dict() for full_name, delta in self.deltas(name).items()}
         write_adapter(directory, SavedAdapter(name, self.config(name), parameters, self.state_dict(name)))
 
     def reset_parameters(self, name: str | None = None) -> None:
-        """Put an adapter back to its random start; after ``to_empty`` on a model that was on the meta device."""
-        for delta in self.deltas(self._one(name)).values():
+        """Put an adapter back to its random start.
+
+        Also for a model that was on the meta device, once ``to_empty`` and ``load_state_dict`` have given it its
+        weights: an `alpha` of "rms" is then found; until then the outputs are NaN.
+        """
+        deltas, bases = self.deltas(self._one(name)), self._parameters()
+        for full_name, delta in deltas.items():
+            if math.isnan(delta.scale):
+                delta.scale = start_scale(delta.config, full_name, bases[full_name][1], delta.ranks)
             delta.reset_parameters()
 
     def _one(self, name: str | None) -> str:
         if name is None and len(self.active) != 1:
             raise ValueError(f"name: expected one of {self.names}, as {len(self.active)} adapters act, got None")
         return self.active[0] if name is None else name
+
+    def _active_deltas(self) -> list[TuckerDelta]:
+        return [bank.deltas[name] for bank in self.banks.values() for name in bank.active if name in bank.deltas]
 
     def _parameters(self) -> dict[str, tuple[Bank, Tensor]]:
         """Bank and base parameter, by full name, each once."""

@@ -23,7 +23,8 @@ from torch.func import functional_call
 from probtensor.models.adapter_config import FLoRAConfig
 from probtensor.models.adapter_layers import kernel_modes, layer_forward, takes_dropout, weight_names
 from probtensor.models.adapter_modules import SLOT, TuckerDelta
-from probtensor.models.tucker_delta import Tucker, leading_factors, step_scale, updated
+from probtensor.models.adapter_starts import start_scale
+from probtensor.models.tucker_delta import Tucker, leading_factors, updated
 
 __all__ = ["METHOD", "register_with_peft"]
 
@@ -47,7 +48,7 @@ def register_with_peft() -> Any:
     type
         The class of configurations, with the fields ``r``, ``kernel_r``, ``alpha``, ``dropout``, ``rank_pattern``,
         ``alpha_pattern``, ``init`` ("zero" or "weight") and ``random_state`` of `FLoRAConfig`, and PEFT's
-        ``target_modules``, ``exclude_modules`` and ``modules_to_save``.
+        ``target_modules``, ``exclude_modules`` and ``modules_to_save``. Files have ``scales`` too, what `alpha` gave.
 
     Raises
     ------
@@ -120,18 +121,20 @@ def _classes() -> tuple[Any, Any]:
 
         r: int = 8
         kernel_r: int = 2
-        alpha: float = 1.0
+        alpha: float | str = "rms"
         dropout: float = 0.0
         target_modules: list[str] | str | None = None
         exclude_modules: list[str] | str | None = None
         rank_pattern: dict[str, Any] = field(default_factory=dict)
-        alpha_pattern: dict[str, float] = field(default_factory=dict)
+        alpha_pattern: dict[str, Any] = field(default_factory=dict)
         init: str = "zero"
         modules_to_save: list[str] | None = None
         random_state: int = 0
+        scales: dict[str, float] = field(default_factory=dict)  # from a file
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            self.found: dict[str, float] = {}  # no field: another model's weights have other scales
             self.peft_type = member
             for name in ("target_modules", "exclude_modules"):
                 value = getattr(self, name)
@@ -144,6 +147,18 @@ def _classes() -> tuple[Any, Any]:
             """Checked settings."""
             names = ("r", "kernel_r", "alpha", "dropout", "rank_pattern", "alpha_pattern", "init", "random_state")
             return FLoRAConfig(**{name: getattr(self, name) for name in names})
+
+        def scale_of(self, name: str, weight: Tensor, ranks: tuple[int, ...]) -> float:
+            """The scale of a weight's update: that of the file, or by `alpha`."""
+            scale = self.scales[name] if name in self.scales else start_scale(self.flora(), name, weight, ranks)
+            if scale != scale:  # NaN
+                raise ValueError(f"alpha: expected a number, as {name!r} is on the meta device, got 'rms'")
+            self.found[name] = scale
+            return scale
+
+        def to_dict(self) -> dict[str, Any]:
+            """The settings as they go to files."""
+            return {**super().to_dict(), "scales": {**self.scales, **self.found}}
 
     class ProbtensorFloraLayer(nn.Module, tuners.BaseTunerLayer):  # type: ignore[misc]
         """A layer with its updates."""
@@ -167,14 +182,14 @@ def _classes() -> tuple[Any, Any]:
             self.original: Tensor | None = None  # the weight before a merge
             self._disable_adapters = False
 
-        def update_layer(self, adapter_name: str, settings: FLoRAConfig, key: str) -> None:
+        def update_layer(self, adapter_name: str, config: ProbtensorFloraConfig, key: str) -> None:
             """Add an update at its start."""
-            base = self.get_base_layer()
-            name, weight = f"{key}.weight", base.weight
+            base, settings = self.get_base_layer(), config.flora()
+            name, weight = f"{key}.weight", base.weight if self.original is None else self.original
             if settings.dropout and not takes_dropout(base):
                 raise ValueError(f"dropout: expected 0 for {key!r} ({type(base).__name__}), got {settings.dropout}")
             ranks = settings.ranks(name, weight.shape, kernel_modes(base))
-            scale = step_scale(settings.alpha_of(name), weight.shape, ranks)
+            scale = config.scale_of(name, weight, ranks)
             seed = (settings.random_state + zlib.crc32(name.encode())) % 2**63
             dtype = torch.promote_types(weight.dtype, torch.float32)
             device = weight.device
@@ -267,9 +282,8 @@ def _classes() -> tuple[Any, Any]:
             current_key: str,
             parameter_name: str | None = None,
         ) -> None:
-            settings = peft_config.flora()
             if isinstance(target, ProbtensorFloraLayer):
-                target.update_layer(adapter_name, settings, current_key)
+                target.update_layer(adapter_name, peft_config, current_key)
                 return
             if weight_names(target) != ("weight",):
                 kind = type(target).__name__
@@ -277,7 +291,7 @@ def _classes() -> tuple[Any, Any]:
                     f"target_modules: expected linear, embedding or convolution, got {current_key!r} ({kind})"
                 )
             layer = ProbtensorFloraLayer(target).train(target.training)
-            layer.update_layer(adapter_name, settings, current_key)
+            layer.update_layer(adapter_name, peft_config, current_key)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)

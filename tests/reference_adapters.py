@@ -30,3 +30,12 @@ def delta_by_loops(core: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
             parts = [float(i[n] == r[n]) if A is None else float(A[i[n], r[n]]) for n, A in enumerate(factors)]
             total[i] += core[r] * math.prod(parts)
     return total
+
+
+def cp_by_loops(core: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """``ΔW[i1, …, iN] = Σr g[r] Π A(n)[in, r]``, entry by entry."""
+    core, factors = core.detach(), [A.detach() for A in factors]
+    total = torch.zeros([len(A) for A in factors], dtype=core.dtype)
+    for i in itertools.product(*map(range, total.shape)):
+        total[i] = sum(core[r] * math.prod(float(A[i[n], r]) for n, A in enumerate(factors)) for r in range(len(core)))
+    return total

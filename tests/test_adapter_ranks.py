@@ -178,7 +178,7 @@ def test_truncated_adapters_train_on_save_load_merge_and_copy(tmp_path: Path) ->
 
 def test_factors_are_as_training_expects_them_and_padding_rows_stay_zero() -> None:
     model = nn.Embedding(30, 12, padding_idx=3).double()
-    adapters = inject_adapters(model, FLoRAConfig(r=6))
+    adapters = inject_adapters(model, FLoRAConfig(r=6, alpha=1.0))
     optimizer = torch.optim.SGD(adapters.trainable_parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()

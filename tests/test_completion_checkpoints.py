@@ -1,4 +1,7 @@
-"""A neural completion that ends before its time goes on at its epoch, and ends with the same bits."""
+"""A neural completion that ends before its time goes on at its epoch, and ends with the same bits.
+
+On several ranks: ``test_completion_mpi.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,9 +20,6 @@ import pytest
 import probtensor as pt
 from probtensor.checkpoints import Checkpoints
 from probtensor.models import NeuralTensorCompletion
-
-if TYPE_CHECKING:
-    from tests.conftest import RunMpi
 
 SETTINGS = {"rank": 2, "hidden": (8,), "embedding": 4, "max_epochs": 5, "n_members": 2, "random_state": 0}
 SETTINGS |= {"batch_size": 64, "patience": 3, "n_checkpoints": 2, "progress": False, "device": "cpu"}
@@ -55,6 +55,12 @@ def numbers(model: NeuralTensorCompletion) -> list[np.ndarray]:
     return [*found, *model.validation_deviance_.values(), np.array(list(model.weights_.values()))]
 
 
+@cache
+def whole(case: str) -> list[np.ndarray]:
+    """Numbers of the fit that was not interrupted."""
+    return numbers(fit(case, None))
+
+
 def fit_interrupted(case: str, folder: Path, writes: int) -> None:
     """A fit whose job ends right after that many checkpoints."""
     done, write = [], Checkpoints.write
@@ -77,15 +83,15 @@ def test_a_fit_that_was_interrupted_ends_with_the_same_bits(case, writes, tmp_pa
     fit_interrupted(case, tmp_path, writes)
     resumed = fit(case, tmp_path, resume=True)
     # The seed is in the file: going on twice is the same.
-    whole = fit(case, tmp_path, resume=True) if case == "no seed" else fit(case, None)
-    for ours, theirs in zip(numbers(resumed), numbers(whole), strict=True):
+    expected = numbers(fit(case, tmp_path, resume=True)) if case == "no seed" else whole(case)
+    for ours, theirs in zip(numbers(resumed), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_fit_goes_on_after_its_last_ensemble_began(tmp_path):
     fit_interrupted("gaussian", tmp_path, 12)
     resumed = fit("gaussian", tmp_path, resume=True)
-    for ours, theirs in zip(numbers(resumed), numbers(fit("gaussian", None)), strict=True):
+    for ours, theirs in zip(numbers(resumed), whole("gaussian"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -109,10 +115,7 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bits(tmp_path, root):
         process.kill()
     assert process.returncode in (-signal.SIGKILL, 0), f"at epoch {at}"
     subprocess.run(command, env=environment, cwd=root, check=True, timeout=120)
-    whole = [sys.executable, "-c", CODE, str(tmp_path / "b"), str(tmp_path / "b.model")]
-    subprocess.run(whole, env=environment, cwd=root, check=True, timeout=120)
-    models = [pt.load(tmp_path / name) for name in ("a.model", "b.model")]
-    for ours, theirs in zip(*map(numbers, models), strict=True):
+    for ours, theirs in zip(numbers(pt.load(file)), whole("gaussian"), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=f"killed at epoch {at}")
 
 
@@ -129,8 +132,3 @@ def test_checkpoints_of_another_fit_are_refused(tmp_path):
         with pytest.raises(ValueError, match="checkpoint: expected one of a fit with these validation rows"):
             fit("gaussian", tmp_path, resume=True, **given | other)
     assert np.isfinite(fit("gaussian", tmp_path, resume=True, **given).predict(X)).all()
-
-
-@pytest.mark.mpi
-def test_ranks_go_on_together(run_mpi: RunMpi, tmp_path) -> None:
-    assert run_mpi("completion_ranks.py", 2, tmp_path / "folder", timeout=240).stdout == "ok on 2\n"

@@ -150,7 +150,13 @@ LAYERS: dict[str, Row] = {
 
 
 def config_of(kind: str, **options: Any) -> FLoRAConfig:
-    return FLoRAConfig(r=3, target_modules=["w"] if kind.startswith("bare") else "all", **options)
+    """Small ranks, and updates that are large beside the weights."""
+    return FLoRAConfig(r=3, alpha=1.0, target_modules=["w"] if kind.startswith("bare") else "all", **options)
+
+
+CP = ["linear", "linear, tiny", "embedding, padding", "conv2d, reflect", "conv2d, groups", "conv3d", "transposed 1d"]
+CP += ["attention", "lstm", "bare parameter", "tied", "convolution and linear"]
+FORMS = [*((kind, "tucker") for kind in LAYERS), *((kind, "cp") for kind in CP)]
 
 
 def made(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
@@ -189,13 +195,13 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-def test_what_an_adapted_layer_promises(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+def test_what_an_adapted_layer_promises(kind: str, form: str) -> None:
     model, run = made(kind)
     before, keys = bits(model), list(model.state_dict())
     y_base = run(model.requires_grad_(False))  # kernels differ with and without gradients
     kinds = [type(module) for module in model.modules()]
-    adapters = inject_adapters(model, config_of(kind))
+    adapters = inject_adapters(model, config_of(kind, form=form))
     assert all(isinstance(module, old) for module, old in zip(_stock_modules(model), kinds, strict=True))
     torch.testing.assert_close(run(model), y_base, rtol=1e-12, atol=1e-12)  # nothing changes at the start
     assert list(model.state_dict()) == keys
@@ -237,7 +243,7 @@ def test_what_an_adapted_layer_promises(kind: str) -> None:
     assert torch.equal(run(model), y), "a copy shares nothing"
 
     # a second adapter, the sum of two, their weighted sum
-    inject_adapters(model, config_of(kind, random_state=5), "other")
+    inject_adapters(model, config_of(kind, random_state=5, form=form), "other")
     assert adapters.active == ("other",)
     torch.testing.assert_close(run(model), y_base, rtol=1e-12, atol=1e-12)
     trained(adapters, 2)
@@ -295,25 +301,27 @@ def test_the_effective_weight_is_the_base_and_one_einsum(kind: str) -> None:
 
 def test_saved_adapters_load_in_a_fresh_process(tmp_path: Path, root: Path) -> None:
     """Every row of the table, one process: equal outputs, bit by bit."""
-    for number, kind in enumerate(LAYERS):
+    for number, (kind, form) in enumerate(FORMS):
         model, run = made(kind)
-        trained(inject_adapters(model, config_of(kind), f"kind_{number}")).save_pretrained(tmp_path / str(number))
+        adapters = trained(inject_adapters(model, config_of(kind, form=form), f"kind_{number}"))
+        adapters.save_pretrained(tmp_path / str(number))
         torch.save(run(model).detach(), tmp_path / f"{number}.pt")
     code = f"""
 import torch
 from probtensor.models import load_adapters
-from tests.test_flora import LAYERS, made
-for number, kind in enumerate(LAYERS):
+from tests.test_flora import FORMS, made
+for number, (kind, form) in enumerate(FORMS):
     model, run = made(kind)
     adapters = load_adapters(model, f"{tmp_path}/{{number}}")
     assert adapters.active == (f"kind_{{number}}",), adapters.active
-    assert torch.equal(run(model), torch.load(f"{tmp_path}/{{number}}.pt")), kind
-print(len(LAYERS))
+    assert torch.equal(run(model), torch.load(f"{tmp_path}/{{number}}.pt")), (kind, form)
+    assert {{delta.config.form for delta in adapters.deltas(f"kind_{{number}}").values()}} == {{form}}
+print(len(FORMS))
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False
     )
-    assert (done.returncode, done.stderr, done.stdout.strip()) == (0, "", str(len(LAYERS)))
+    assert (done.returncode, done.stderr, done.stdout.strip()) == (0, "", str(len(FORMS)))
 
 
 def test_a_weighted_sum_survives_files(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_starts_depend_on_seed_and_name_alone_and_no_global_generator_moves() ->
 
 
 def test_settings_survive_their_dictionary_and_numpy_numbers() -> None:
-    config = FLoRAConfig(r=np.int64(3), target_modules=["a"], rank_pattern={"a": [1, 2]}, alpha_pattern={"a": 2.0})
+    config = FLoRAConfig(r=np.int64(3), target_modules=["a"], rank_pattern={"a": [1, 2]}, alpha_pattern={"a": "rms"})
     assert FLoRAConfig(**config.as_dict()) == config
 
 
@@ -159,8 +159,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"r": 0}, "r: expected an integer of at least 1, got 0"),
     ({"r": 2.5}, "r: expected an integer of at least 1, got 2.5"),
     ({"kernel_r": True}, "kernel_r: expected an integer of at least 1, got True"),
-    ({"alpha": 0}, "alpha: expected a positive number, got 0"),
-    ({"alpha": float("nan")}, "alpha: expected a positive number, got nan"),
+    ({"alpha": 0}, "alpha: expected 'rms' or a positive number, got 0"),
+    ({"alpha": float("nan")}, "alpha: expected 'rms' or a positive number, got nan"),
+    ({"alpha": "weight"}, "alpha: expected 'rms' or a positive number, got 'weight'"),
+    ({"alpha_pattern": {"a": None}}, r"alpha_pattern\['a'\]: expected 'rms' or a positive number, got None"),
     ({"dropout": 1.0}, "dropout: expected a number from 0 to below 1, got 1.0"),
     ({"init": "pissa"}, "init: expected one of zero, weight, gradient, got 'pissa'"),
     ({"bias": "some"}, "bias: expected one of none, adapted, all, got 'some'"),
@@ -172,7 +174,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"a": 0}}, r"rank_pattern\['a'\]: expected an integer of at least 1, got 0"),
     ({"rank_pattern": {"a": (2, 0)}}, r"rank_pattern\['a'\]: expected an integer of at least 1, got 0"),
     ({"rank_pattern": 3}, "rank_pattern: expected a mapping, got 3"),
-    ({"alpha_pattern": {"a": -1}}, r"alpha_pattern\['a'\]: expected a positive number, got -1"),
+    ({"alpha_pattern": {"a": -1}}, r"alpha_pattern\['a'\]: expected 'rms' or a positive number, got -1"),
 ]
 
 
@@ -185,6 +187,12 @@ def test_malformed_settings(options: dict[str, Any], message: str) -> None:
 def quantised() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return nn.Sequential(layer)
+
+
+def infinite() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight.data[1, 2] = float("-inf")
     return nn.Sequential(layer)
 
 
@@ -205,6 +213,7 @@ MISFITS: list[tuple[nn.Module, dict[str, Any], str]] = [
     (Net(), {"dropout": 0.1}, "dropout: expected 0 with 'attn.in_proj_weight'"),
     (Net(), {"dropout": 0.1, "target_modules": ["out_proj"]}, "dropout: expected 0 with 'attn.out_proj.weight'"),
     (Net(), {"init": "gradient"}, 'gradients: expected together with init="gradient", got init='),
+    (infinite(), {}, "alpha: expected a number, as '0.weight' has no root mean square .NaN or infinity., got 'rms'"),
     (nn.Embedding(5, 4, max_norm=1.0), {}, "target_modules: 'weight' has max_norm"),
     (nn.EmbeddingBag(5, 4, sparse=True), {}, "target_modules: 'weight' has sparse gradients"),
     (quantised(), {}, "target_modules: expected floating-point weights, got '0.weight' of torch.int8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_several_adapters(peft: Any, config: Callable[..., Any]) -> None:
 def test_training_and_injection_without_a_wrapper(peft: Any, config: Callable[..., Any], tmp_path: Path) -> None:
     model, target = made(), torch.ones(2, 3, dtype=torch.float64)
     injected = peft.inject_adapter_in_model(config(), model)
-    optimizer = torch.optim.Adam([p for p in injected.parameters() if p.requires_grad], lr=0.01)
+    optimizer = torch.optim.Adam([p for p in injected.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(30):
         optimizer.zero_grad()
@@ -213,3 +214,30 @@ def test_what_cannot_be_is_refused(peft: Any, config: Callable[..., Any]) -> Non
         model.base_model.model.fc.probtensor_flora_core["default"][0, 0] = float("nan")  # type: ignore[union-attr, index]
     with pytest.raises(ValueError, match="merge: expected finite weights, got NaN or infinity"):
         model.merge_adapter()  # type: ignore[operator]
+
+
+def test_a_scale_by_the_weights_size_goes_to_files(peft: Any, config: Callable[..., Any], tmp_path: Path) -> None:
+    """It is that of the weights at the start, not of those that the adapter is loaded to; settings serve again."""
+
+    def scales(model: Any) -> list[float]:
+        return [m.scaling["default"] for m in model.modules() if "default" in getattr(m, "scaling", {})]
+
+    def larger() -> nn.Module:
+        base = made()
+        base.load_state_dict({key: 8 * value for key, value in base.state_dict().items()})
+        return base
+
+    settings = config()
+    model = peft.get_peft_model(made(), settings)
+    model.save_pretrained(tmp_path / "new")
+    assert scales(peft.PeftModel.from_pretrained(larger(), tmp_path / "new")) == scales(model)
+    assert scales(peft.get_peft_model(larger(), settings)) == [8 * scale for scale in scales(model)]
+    peft.get_peft_model(made(), config(alpha=1.0)).save_pretrained(tmp_path / "old")
+    meta = json.loads((tmp_path / "old" / "adapter_config.json").read_text())
+    del meta["scales"]  # as files were when a number was all that there was
+    (tmp_path / "old" / "adapter_config.json").write_text(json.dumps(meta))
+    old = scales(peft.PeftModel.from_pretrained(made(), tmp_path / "old"))
+    assert old == scales(peft.get_peft_model(made(), config(alpha=1.0)))
+    assert len(set(old)) > 1
+    with pytest.raises(ValueError, match=r"alpha: expected a number, as 'fc.weight' is on the meta device, got 'rms'"):
+        peft.inject_adapter_in_model(config(target_modules=["fc"]), made().to("meta"))

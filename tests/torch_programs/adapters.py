@@ -1,13 +1,16 @@
 """Two processes train adapters under DDP and FSDP: the numbers are those of one process with all rows.
 
-Started by ``tests/test_flora_torch.py`` with rank, number of processes, and a file where they meet.
+Started once by ``tests/test_flora_torch.py``, with a file where the processes meet: the second is a fork of the first,
+so that libraries are loaded once.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
+import torch._dynamo  # optimizers load it
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -47,7 +50,9 @@ def train(model: nn.Module, adapters: Adapters, x: Tensor) -> None:
 
 
 def main() -> None:
-    rank, size, meeting = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    size, meeting = 2, sys.argv[1]
+    child = os.fork()  # before autograd starts
+    rank = int(child == 0)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     x = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(3))
     alone, expected = adapted()
@@ -65,7 +70,9 @@ def main() -> None:
         for one, other in zip(adapters.trainable_parameters(), expected.trainable_parameters(), strict=True):
             torch.testing.assert_close(one, other)
     dist.destroy_process_group()
-    print("equal")
+    if rank == 0:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        print("equal")
 
 
 if __name__ == "__main__":
