@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from probtensor.models.adapter_modules import SLOT, Bank, TuckerDelta, bank_of, base_parameter
+from probtensor.models.adapter_modules import SLOT, Bank, Delta, bank_of, base_parameter
 from probtensor.models.tucker_delta import contract, updated
 
 __all__ = ["Sizes", "choose_form", "is_bias", "kernel_modes", "layer_forward", "takes_dropout", "weight_names"]
@@ -200,7 +200,7 @@ def _linear(self: Any, x: Tensor) -> Tensor:
     """``x Wᵀ + b``."""
     rows = math.prod(x.shape[:-1])
 
-    def form(delta: TuckerDelta, wanted: bool) -> str:
+    def form(delta: Delta, wanted: bool) -> str:
         outputs, inputs = delta.shape
         r_out, r_in = delta.ranks
         return choose_form(
@@ -210,7 +210,7 @@ def _linear(self: Any, x: Tensor) -> Tensor:
     return _adapted_forward(self, x, F.linear, form, _add_linear)
 
 
-def _add_linear(self: Any, x: Tensor, y: Tensor, delta: TuckerDelta, form: str) -> Tensor:
+def _add_linear(self: Any, x: Tensor, y: Tensor, delta: Delta, form: str) -> Tensor:
     core, (A_out, A_in), scale = delta.update
     inner = core.to(x.dtype)
     if A_in is not None and (form == "folded" and A_out is not None):
@@ -231,14 +231,14 @@ def _embedding(self: Any, ids: Tensor) -> Tensor:
         options = (self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq)
         return F.embedding(ids, table, *options, sparse=False)
 
-    def form(delta: TuckerDelta, wanted: bool) -> str:
+    def form(delta: Delta, wanted: bool) -> str:
         (size, width), (r_row, r_column), rows = delta.shape, delta.ranks, ids.numel()
         a_byte = machine_of(ids).a_byte
         looked_up = rows * width * (r_row + 4 * a_byte)
         built = size * width * (min(r_row, r_column) + (8 if wanted else 4) * a_byte)
         return "built" if built < looked_up else "chained"
 
-    def add(self: Any, ids: Tensor, y: Tensor, delta: TuckerDelta, form: str) -> Tensor:
+    def add(self: Any, ids: Tensor, y: Tensor, delta: Delta, form: str) -> Tensor:
         core, (A_row, A_column), scale = delta.update
         rows = look_up(ids, core if A_row is None else A_row).to(y.dtype)
         rows = rows if A_row is None else rows @ core.to(y.dtype)
@@ -251,13 +251,13 @@ def _embedding(self: Any, ids: Tensor) -> Tensor:
 def _convolution(self: Any, x: Tensor) -> Tensor:
     """A convolution with the layer's stride, padding, dilation, groups and mode of padding."""
 
-    def form(delta: TuckerDelta, wanted: bool) -> str:
+    def form(delta: Delta, wanted: bool) -> str:
         return "built" if self.groups > 1 else choose_form(_conv_sizes(self, x, delta), wanted, machine=machine_of(x))
 
     return _adapted_forward(self, x, self._conv_forward, form, _add_convolution)
 
 
-def _add_convolution(self: Any, x: Tensor, y: Tensor, delta: TuckerDelta, form: str) -> Tensor:
+def _add_convolution(self: Any, x: Tensor, y: Tensor, delta: Delta, form: str) -> Tensor:
     core, (A_out, A_in, *kernel_factors), scale = delta.update
     folded = form == "folded"
     inner = contract(core, [None, A_in if folded else None, *kernel_factors]).to(x.dtype)
@@ -276,10 +276,10 @@ def _transposed(self: Any, x: Tensor, output_size: list[int] | None = None) -> T
         options = (self.stride, self.padding, more, self.groups, self.dilation)
         return CONV_TRANSPOSE[n_kernel](x, weight, bias, *options)
 
-    def form(delta: TuckerDelta, wanted: bool) -> str:
+    def form(delta: Delta, wanted: bool) -> str:
         return "built" if self.groups > 1 else choose_form(_conv_sizes(self, x, delta), wanted, False, machine_of(x))
 
-    def add(self: Any, x: Tensor, y: Tensor, delta: TuckerDelta, form: str) -> Tensor:
+    def add(self: Any, x: Tensor, y: Tensor, delta: Delta, form: str) -> Tensor:
         core, (A_in, A_out, *kernel_factors), scale = delta.update
         inner = contract(core, [None, None, *kernel_factors]).to(x.dtype)
         if A_in is not None:
@@ -326,7 +326,7 @@ def _spread(y: Tensor, matrix: Tensor | None, h: Tensor, scale: float, n_kernel:
     return torch.baddbmm(y.flatten(2), each, h.flatten(2), alpha=scale).view(y.shape)
 
 
-def _conv_sizes(self: Any, x: Tensor, delta: TuckerDelta) -> Sizes:
+def _conv_sizes(self: Any, x: Tensor, delta: Delta) -> Sizes:
     first, second, *kernel = delta.shape
     r_first, r_second = delta.ranks[:2]
     taps, strides = math.prod(kernel), math.prod(self.stride)
@@ -341,8 +341,8 @@ def _adapted_forward(
     self: Any,
     x: Tensor,
     op: Callable[..., Tensor],
-    form: Callable[[TuckerDelta, bool], str],
-    add: Callable[[Any, Tensor, Tensor, TuckerDelta, str], Tensor],
+    form: Callable[[Delta, bool], str],
+    add: Callable[[Any, Tensor, Tensor, Delta, str], Tensor],
 ) -> Tensor:
     """The layer's operation, with each acting update in the form that costs least."""
     weight, bias = base_parameter(self, "weight"), getattr(self, "bias", None)

@@ -11,6 +11,7 @@ takes no part in ``state_dict`` and ``load_state_dict``.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -25,6 +26,7 @@ from probtensor.resources import is_number
 __all__ = [
     "SLOT",
     "Bank",
+    "Delta",
     "TuckerDelta",
     "adapt",
     "bank_of",
@@ -52,71 +54,55 @@ class _Hidden(nn.Module):
         return
 
 
-class TuckerDelta(_Hidden):
-    """One adapter's update of one parameter.
+class Delta(_Hidden, ABC):
+    """One adapter's update of one parameter: a core and a factor for each mode.
 
     Parameters
     ----------
-    shape, ranks : sequence of int
-        Of the parameter and of the core.
+    shape : sequence of int
+        Of the parameter.
+    ranks : sequence of int
+        Of the Tucker form in which layers see the update.
     scale : float
     seed : int
         Of the random factors.
     config : FLoRAConfig
         Of the adapter that it belongs to.
-    dropout : float, default 0.0
-    dtype, device
-        Of the adapter's parameters.
+    dropout : float
 
     Attributes
     ----------
-    core : Parameter, shape (R1, …, RN)
-    factor_0, factor_1, … : Parameter, shape (In, Rn), or None
-        None where the core keeps the mode.
+    core : Parameter
+    factor_0, factor_1, … : Parameter, or None
     """
 
     core: nn.Parameter
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        ranks: Sequence[int],
-        scale: float,
-        seed: int,
-        config: FLoRAConfig,
-        *,
-        dropout: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, shape: Sequence[int], ranks: Sequence[int], scale: float, seed: int, config: FLoRAConfig, dropout: float
     ) -> None:
         super().__init__()
         self.shape, self.ranks, self.scale, self.seed = tuple(shape), tuple(ranks), scale, seed
         self.config, self.dropout = config, dropout
         self.zero_row: int | None = None  # of the first mode: an embedding's padding
-        self.core = nn.Parameter(torch.zeros(self.ranks, dtype=dtype, device=device))
-        for n, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
-            empty = torch.empty(size, rank, dtype=dtype, device=device)
-            self.register_parameter(f"factor_{n}", None if rank == size else nn.Parameter(empty))
-        self.reset_parameters()
+
+    @property
+    @abstractmethod
+    def update(self) -> Tucker:
+        """Core, factors and scale of the Tucker form."""
+
+    @abstractmethod
+    def as_dict(self) -> dict[str, Any]:
+        """What files hold beside the tensors."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Go back to the random start, where the update is zero; for models that were on the meta device."""
 
     @property
     def factors(self) -> tuple[nn.Parameter | None, ...]:
-        """The factors, None where the core keeps the mode."""
+        """The factors, one a mode."""
         return tuple([getattr(self, f"factor_{n}") for n in range(len(self.shape))])
-
-    @property
-    def update(self) -> Tucker:
-        """Core, factors and scale."""
-        return Tucker(self.core, self.factors, self.scale)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What files hold beside the tensors."""
-        shape, ranks = list(self.shape), list(self.ranks)
-        return {"shape": shape, "ranks": ranks, "scale": self.scale, "dropout": self.dropout}
-
-    def reset_parameters(self) -> None:
-        """Go back to the random start, where the update is zero; for models that were on the meta device."""
-        self.start(random_factors(self.shape, self.ranks, torch.Generator().manual_seed(self.seed)))
 
     @torch.no_grad()
     def start(self, factors: Sequence[Tensor | None]) -> None:
@@ -136,6 +122,59 @@ class TuckerDelta(_Hidden):
     def extra_repr(self) -> str:
         """Shape, ranks and scale."""
         return f"shape={self.shape}, ranks={self.ranks}, scale={self.scale:g}"
+
+
+class TuckerDelta(Delta):
+    """An update in Tucker form; see `tucker_delta`.
+
+    Parameters
+    ----------
+    shape, ranks : sequence of int
+        Of the parameter and of the core.
+    scale, seed, config, dropout
+        As in `Delta`.
+    dtype, device
+        Of the adapter's parameters.
+
+    Attributes
+    ----------
+    core : Parameter, shape (R1, …, RN)
+    factor_0, factor_1, … : Parameter, shape (In, Rn), or None
+        None where the core keeps the mode.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        ranks: Sequence[int],
+        scale: float,
+        seed: int,
+        config: FLoRAConfig,
+        *,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(shape, ranks, scale, seed, config, dropout)
+        self.core = nn.Parameter(torch.zeros(self.ranks, dtype=dtype, device=device))
+        for n, (size, rank) in enumerate(zip(shape, ranks, strict=True)):
+            empty = torch.empty(size, rank, dtype=dtype, device=device)
+            self.register_parameter(f"factor_{n}", None if rank == size else nn.Parameter(empty))
+        self.reset_parameters()
+
+    @property
+    def update(self) -> Tucker:
+        """Core, factors and scale."""
+        return Tucker(self.core, self.factors, self.scale)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What files hold beside the tensors."""
+        shape, ranks = list(self.shape), list(self.ranks)
+        return {"shape": shape, "ranks": ranks, "scale": self.scale, "dropout": self.dropout}
+
+    def reset_parameters(self) -> None:
+        """Go back to the random start, where the update is zero; for models that were on the meta device."""
+        self.start(random_factors(self.shape, self.ranks, torch.Generator().manual_seed(self.seed)))
 
 
 class Bank(_Hidden):
@@ -160,11 +199,11 @@ class Bank(_Hidden):
         self.original: Tensor | None = None
 
     @property
-    def deltas(self) -> dict[str, TuckerDelta]:
+    def deltas(self) -> dict[str, Delta]:
         """The updates by their adapter's name."""
         return self._modules  # type: ignore[return-value]
 
-    def acting(self) -> list[TuckerDelta]:
+    def acting(self) -> list[Delta]:
         """The updates that the layer adds to its parameter now."""
         if not self.enabled or self.original is not None:
             return []
@@ -202,7 +241,7 @@ class _Slot(_Hidden):
 
 
 def grouped_parameters(
-    deltas: Iterable[TuckerDelta], lr: float, factor_ratio: float, dense_ratio: float, weight_decay: float
+    deltas: Iterable[Delta], lr: float, factor_ratio: float, dense_ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: cores, factors, and updates of full rank and scale 1; see `Adapters.parameter_groups`.
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from probtensor.models.adapter_modules import TuckerDelta
+from probtensor.models.adapter_modules import Delta, TuckerDelta
 from probtensor.models.cp_delta import CPDelta
 from probtensor.models.flora import Adapters
 from probtensor.models.tucker_delta import mode_product, step_scale
@@ -184,7 +184,7 @@ class _Plan:
     ``energies[n]`` (Rn,) are the squares of mode n's singular values, the largest first.
     """
 
-    def __init__(self, delta: TuckerDelta, layer: str) -> None:
+    def __init__(self, delta: Delta, layer: str) -> None:
         self.delta, self.before, self.after = delta, delta.ranks, delta.ranks
         core, factors, scale = delta.update
         self.core = scale * core.detach().to(torch.float64)
@@ -243,7 +243,7 @@ def _left(unfolding: Tensor) -> tuple[Tensor, Tensor]:
     return vectors, values
 
 
-def _low_rank(adapters: Adapters, name: str | None) -> dict[str, TuckerDelta]:
+def _low_rank(adapters: Adapters, name: str | None) -> dict[str, Delta]:
     """An adapter's updates but for the dense ones."""
     deltas = adapters.deltas(adapters._one(name))
     if any(isinstance(delta, CPDelta) for delta in deltas.values()):
@@ -283,7 +283,7 @@ def _plans(adapters: Adapters, name: str | None, n_parameters: int | None, energ
     return plans
 
 
-def _truncated(plan: _Plan) -> TuckerDelta:
+def _truncated(plan: _Plan) -> Delta:
     """The update with new ranks."""
     old = plan.delta
     n_factors = sum(A is not None for A in old.factors)

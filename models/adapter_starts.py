@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from probtensor.models.adapter_config import FLoRAConfig
 from probtensor.models.adapter_files import SavedAdapter
 from probtensor.models.adapter_layers import kernel_modes
-from probtensor.models.adapter_modules import TuckerDelta
+from probtensor.models.adapter_modules import Delta, TuckerDelta
 from probtensor.models.adapter_targets import Target, all_parameters, find_targets
 from probtensor.models.cp_delta import CPDelta, cp_scale
 from probtensor.models.tucker_delta import combined, leading_factors, step_scale
@@ -143,7 +143,7 @@ def _n_parameters(shape: Sequence[int], pair: tuple[int, int]) -> int:
     return pair[0] * pair[1] * math.prod(shape[2:]) + factors
 
 
-def new_delta(target: Target, config: FLoRAConfig, gradients: Mapping[str, Tensor] | None) -> TuckerDelta:
+def new_delta(target: Target, config: FLoRAConfig, gradients: Mapping[str, Tensor] | None) -> Delta:
     """An update at its start, in which it changes nothing.
 
     Raises
@@ -210,7 +210,7 @@ def start_scale(config: FLoRAConfig, name: str, weight: Tensor, ranks: Sequence[
     return cp_scale(alpha, weight.ndim, *ranks) if config.form == "cp" else step_scale(alpha, weight.shape, ranks)
 
 
-def empty_delta(target: Target, config: FLoRAConfig, ranks: Sequence[int], scale: float, dropout: float) -> TuckerDelta:
+def empty_delta(target: Target, config: FLoRAConfig, ranks: Sequence[int], scale: float, dropout: float) -> Delta:
     """An update of given ranks at its random start.
 
     Parameters
@@ -241,7 +241,7 @@ def empty_delta(target: Target, config: FLoRAConfig, ranks: Sequence[int], scale
     return delta
 
 
-def filled(delta: TuckerDelta, tensors: Mapping[str, Tensor], name: str) -> TuckerDelta:
+def filled(delta: Delta, tensors: Mapping[str, Tensor], name: str) -> Delta:
     """An update with tensors from a file; on the CPU if the base has no storage yet.
 
     Raises
@@ -259,7 +259,7 @@ def filled(delta: TuckerDelta, tensors: Mapping[str, Tensor], name: str) -> Tuck
     return delta
 
 
-def saved_deltas(saved: SavedAdapter, model: nn.Module) -> tuple[list[Target], list[TuckerDelta]]:
+def saved_deltas(saved: SavedAdapter, model: nn.Module) -> tuple[list[Target], list[Delta]]:
     """The parameters that a saved adapter updates, and its updates.
 
     Raises
@@ -285,7 +285,7 @@ def saved_deltas(saved: SavedAdapter, model: nn.Module) -> tuple[list[Target], l
 
 
 @torch.no_grad()
-def summed_delta(parts: Sequence[TuckerDelta], weights: Sequence[float], config: FLoRAConfig) -> TuckerDelta:
+def summed_delta(parts: Sequence[Delta], weights: Sequence[float], config: FLoRAConfig) -> Delta:
     """The update that is a weighted sum of others, with scale 1."""
     first, total = parts[0], combined([part.update for part in parts], weights)
     kind = {"dtype": first.core.dtype, "device": first.core.device}

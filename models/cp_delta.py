@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from probtensor.models.adapter_config import FLoRAConfig
-from probtensor.models.adapter_modules import TuckerDelta
+from probtensor.models.adapter_modules import Delta
 from probtensor.models.tucker_delta import Tucker
 
 __all__ = ["CPDelta", "cp_scale"]
@@ -38,7 +38,7 @@ def cp_scale(alpha: float, n_modes: int, rank: int) -> float:
     return float(alpha * (2 * rank) ** (n_modes / 2) / math.sqrt(rank))
 
 
-class CPDelta(TuckerDelta):
+class CPDelta(Delta):
     """One adapter's update of one parameter in CP form.
 
     Parameters
@@ -46,8 +46,10 @@ class CPDelta(TuckerDelta):
     shape : sequence of int
     ranks : sequence of int
         One number, the rank.
-    scale, seed, config, dropout, dtype, device
-        As in `TuckerDelta`.
+    scale, seed, config, dropout
+        As in `Delta`.
+    dtype, device
+        Of the adapter's parameters.
 
     Attributes
     ----------
@@ -69,10 +71,9 @@ class CPDelta(TuckerDelta):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        nn.Module.__init__(self)
-        (self.rank,), self.shape, self.scale, self.seed = ranks, tuple(shape), scale, seed
-        self.config, self.dropout, self.zero_row = config, dropout, None
-        self.ranks = (self.rank, self.rank)[: len(self.shape)] + self.shape[2:]
+        (rank,) = ranks
+        super().__init__(shape, (*(rank, rank)[: len(shape)], *shape[2:]), scale, seed, config, dropout)
+        self.rank = rank
         self.core = nn.Parameter(torch.zeros(self.rank, dtype=dtype, device=device))
         for n, size in enumerate(shape):
             self.register_parameter(
@@ -92,7 +93,8 @@ class CPDelta(TuckerDelta):
 
     def as_dict(self) -> dict[str, Any]:
         """What files hold beside the tensors."""
-        return {**super().as_dict(), "ranks": [self.rank], "form": "cp"}
+        about = {"shape": list(self.shape), "ranks": [self.rank], "scale": self.scale, "dropout": self.dropout}
+        return {**about, "form": "cp"}
 
     def reset_parameters(self) -> None:
         """Go back to the random start: orthonormal columns where there is room for them, else of their norm."""

@@ -19,7 +19,7 @@ from probtensor.models.adapter_files import SavedAdapter, check_tensors, read_ad
 from probtensor.models.adapter_layers import layer_forward
 from probtensor.models.adapter_modules import (
     Bank,
-    TuckerDelta,
+    Delta,
     adapt,
     bank_of,
     base_parameter,
@@ -178,7 +178,7 @@ class Adapters:
         """The adapters that the weights hold at present."""
         return next((bank.merged for bank in self.banks.values()), ())
 
-    def deltas(self, name: str) -> dict[str, TuckerDelta]:
+    def deltas(self, name: str) -> dict[str, Delta]:
         """An adapter's updates, by the full name of the parameter."""
         self._check_there("name", name)
         return {full_name: bank.deltas[name] for full_name, bank in self.banks.items() if name in bank.deltas}
@@ -408,7 +408,7 @@ class Adapters:
             raise ValueError(f"name: expected one of {self.names}, as {len(self.active)} adapters act, got None")
         return self.active[0] if name is None else name
 
-    def _active_deltas(self) -> list[TuckerDelta]:
+    def _active_deltas(self) -> list[Delta]:
         return [bank.deltas[name] for bank in self.banks.values() for name in bank.active if name in bank.deltas]
 
     def _parameters(self) -> dict[str, tuple[Bank, Tensor]]:
@@ -433,7 +433,7 @@ class Adapters:
             raise ValueError(f"name: expected one that is not among the adapters {self.names}, got {name!r}")
         self._check_unmerged("name")
 
-    def _add(self, name: str, targets: Sequence[Target], deltas: Sequence[TuckerDelta]) -> None:
+    def _add(self, name: str, targets: Sequence[Target], deltas: Sequence[Delta]) -> None:
         for parameter, _ in all_parameters(self.model):
             parameter.requires_grad_(False)
         for target, delta in zip(targets, deltas, strict=True):
