@@ -1,9 +1,9 @@
 """Alternating minimization: the start, the sweeps, the choice of the ridge, and what a fit is made of.
 
 A value at labels ``i`` is ``y = sum_r prod_k U_k[i_k, r] + sum_k b_k[i_k] + e``: a product of matrices for two modes,
-CP for more, and effects of labels. A half-sweep is a ridge regression for each label of a mode (`alternating_rows`), the
-others as they are; a sweep goes over the modes in turn. Then each component's columns get equal norms, which changes no
-prediction and lowers the penalty.
+CP for more, and effects of labels. A half-sweep is a ridge regression for each label of a mode (`alternating_rows`),
+the others as they are; a sweep goes over the modes in turn. Then each component's columns get equal norms, which
+changes no prediction and lowers the penalty.
 
 References
 ----------

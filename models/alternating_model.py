@@ -145,11 +145,10 @@ def moments(fitted: Fitted, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     The third are the variances of what unknown labels bring: as much as the labels that are known differ.
     """
-    found = [fitted.tables.predict(labels)]
-    R = len(fitted.curvatures[0])
-    step = max(1, CHUNK // R**2)
+    step = max(1, CHUNK // len(fitted.curvatures[0]) ** 2)
     parts = [_variances(fitted, labels[first : first + step]) for first in range(0, max(len(labels), 1), step)]
-    return found[0], torch.cat([known for known, _ in parts]), torch.cat([strange for _, strange in parts])
+    mean = fitted.tables.predict(labels)
+    return mean, torch.cat([known for known, _ in parts]), torch.cat([strange for _, strange in parts])
 
 
 def _variances(fitted: Fitted, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ the design ``z_n = (u_1[i_1] * … without mode k …, 1)``. The rows of ``X`` a
     minimise over x_i:  sum_{n of i} w_n (e_n + z_n . (x_i^old - x_i))^2 + x_i . L_i x_i,    L_i diagonal,
 
 with normal matrices ``A_i = sum w_n z_n z_n' + L_i`` and residuals ``e_n``. `solve_exactly` forms ``A_i``:
-``O(nnz R^2 + rows R^3)``. `solve_by_gradients` does not: an inner step multiplies by ``A_i`` for all rows in two passes over the
-cells, ``t_n = z_n . d_i`` (a product of dense matrices at given cells) and ``sum_n w_n t_n z_n`` (a sparse matrix
-times a dense one): ``O(nnz R)``. It starts from the table as it is: what it leaves undone the next sweep goes on with.
+``O(nnz R^2 + rows R^3)``. `solve_by_gradients` does not: an inner step multiplies by ``A_i`` for all rows in two passes
+over the cells, ``t_n = z_n . d_i`` (a product of dense matrices at given cells) and ``sum_n w_n t_n z_n`` (a sparse
+matrix times a dense one): ``O(nnz R)``. It starts from the table as it is: what it leaves undone the next sweep goes on
+with.
 
 The preconditioner is one small matrix for all rows: ``A_i`` is near ``W_i S + c_i L`` where row ``i`` sees designs as
 others do, with ``W_i`` its summed weights and ``S`` the mean of ``z z'``. With ``Q' S Q = D`` and ``Q' L Q = 1`` its
