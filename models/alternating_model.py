@@ -129,7 +129,7 @@ def _fitted(
     for mode in range(len(problem.views)):
         designs = problem.designs(mode, run.tables.factors, problem.settings.effects)
         values, basis = whiten(designs.second_moment(problem.totals(mode)), problem.strength(ridge))
-        bases.append(basis)
+        bases.append(basis.contiguous())  # as a file gives it back, so that products have the same bits
         curvatures.append(values)
     factors, effects = [], []
     for factor, effect, total in zip(*run.tables, totals, strict=True):

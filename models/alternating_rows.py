@@ -154,7 +154,8 @@ class Designs:
         self.view, self._tables, self._with_effects = view, tables, with_effects
         self.width = tables[0].shape[1] + with_effects
         self._kept: list[_Piece] | None = None
-        if len(tables) == 1:
+        n_entries = (len(view.ends) - 1) * len(tables[0])
+        if len(tables) == 1 and len(view.order) <= n_entries:  # sparse patterns have no more entries than the matrix
             whole = _with_one(tables[0]) if with_effects else tables[0]
             self._kept = [_Piece(0, len(view.order), 0, view.ends, view.others[0], whole)]
         elif len(view.order) * self.width <= PIECE:
