@@ -65,7 +65,7 @@ class AlternatingMinimization(TensorRegressor):
         Factors at the start: the leading ones of the tensor with zeros in its gaps, or random ones.
     n_inner : int, default 20
         Steps of a half-sweep at most; ``solver="cg"`` only.
-    inner_tol : float, default 0.03
+    inner_tol : float, default 0.1
         A label is left in a half-sweep once its squared gradient, as the preconditioner measures it, has fallen to
         this share; with 0, all labels take `n_inner` steps.
     max_iter : int, default 100
@@ -140,7 +140,7 @@ class AlternatingMinimization(TensorRegressor):
         biases: bool = True,
         init: Literal["svd", "random"] = "svd",
         n_inner: int = 20,
-        inner_tol: float = 0.03,
+        inner_tol: float = 0.1,
         max_iter: int = 100,
         tol: float = 1e-4,
         held_out: float = 0.1,

@@ -26,8 +26,10 @@ from probtensor.models.alternating_rows import (
     View,
     make_view,
     predictor,
+    second_moment,
     solve_by_gradients,
     solve_exactly,
+    whiten,
 )
 
 __all__ = [
@@ -107,9 +109,11 @@ class Problem(NamedTuple):
         """Of a mode's regressions."""
         return Designs(self.views[mode], [factor for k, factor in enumerate(factors) if k != mode], effects)
 
-    def totals(self, mode: int) -> list[Tensor]:
-        """Summed weights of the other modes' labels."""
-        return [view.total for k, view in enumerate(self.views) if k != mode]
+    def second_moment(self, mode: int, factors: tuple[Tensor, ...]) -> Tensor:
+        """Of a mode's designs, see `second_moment`."""
+        totals = [view.total for k, view in enumerate(self.views) if k != mode]
+        others = [factor for k, factor in enumerate(factors) if k != mode]
+        return second_moment(others, totals, self.settings.effects)
 
     def strength(self, ridge: float) -> Tensor:
         """Penalty of each column of a mode's table, (R,) or (R + 1,)."""
@@ -170,23 +174,29 @@ def half_sweep(
     problem: Problem, mode: int, tables: Tables, residual: Tensor, strength: Tensor
 ) -> tuple[Tables, Tensor]:
     """The tables with one mode's solved for, and what they leave of the values, (n,)."""
-    settings, view = problem.settings, problem.views[mode]
-    designs = problem.designs(mode, tables.factors, settings.effects)
+    settings, whole = problem.settings, problem.views[mode]
+    others = [factor for k, factor in enumerate(tables.factors) if k != mode]
     table = tables.factors[mode]
     if settings.effects:
         table = torch.cat([table, tables.effects[mode][:, None]], dim=1)
-    ridge = Ridge(strength, torch.ones_like(view.total))
-    left = residual[view.order]
-    if settings.solver == "exact":
-        table, left = solve_exactly(designs, table, left, ridge)
-    else:
-        moment = designs.second_moment(problem.totals(mode))
-        table, left = solve_by_gradients(designs, table, left, ridge, moment, settings.n_inner, settings.inner_tol)
+    found, left = torch.empty_like(table), residual[whole.order]
+    whitened = whiten(problem.second_moment(mode, tables.factors), strength)
+    first = 0
+    for low, high, view in whole.blocks(table.shape[1]):
+        designs, end = Designs(view, others, settings.effects), first + len(view.order)
+        given = designs, table[low:high], left[first:end], Ridge(strength, torch.ones_like(view.total))
+        if settings.solver == "exact":
+            found[low:high], left[first:end] = solve_exactly(*given)
+        else:
+            inner = settings.n_inner, settings.inner_tol
+            found[low:high], left[first:end] = solve_by_gradients(*given, whitened, *inner)
+        first = end
+    table = found
     factors, effects = list(tables.factors), list(tables.effects)
     factors[mode] = table[:, : settings.rank].contiguous()
     if settings.effects:
         effects[mode] = table[:, -1].contiguous()
-    return Tables(tuple(factors), tuple(effects)), torch.empty_like(left).index_copy_(0, view.order, left)
+    return Tables(tuple(factors), tuple(effects)), torch.empty_like(left).index_copy_(0, whole.order, left)
 
 
 def balanced(tables: Tables) -> Tables:

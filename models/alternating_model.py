@@ -127,8 +127,7 @@ def _fitted(
 ) -> Fitted:
     bases, curvatures, totals = [], [], tuple(view.total for view in problem.views)
     for mode in range(len(problem.views)):
-        designs = problem.designs(mode, run.tables.factors, problem.settings.effects)
-        values, basis = whiten(designs.second_moment(problem.totals(mode)), problem.strength(ridge))
+        values, basis = whiten(problem.second_moment(mode, run.tables.factors), problem.strength(ridge))
         bases.append(basis.contiguous())  # as a file gives it back, so that products have the same bits
         curvatures.append(values)
     factors, effects = [], []

@@ -27,6 +27,7 @@ Matrix Factorization for Explicit and Implicit Feedback Datasets", RecSys, for a
 
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -34,9 +35,20 @@ from torch import Tensor
 
 from probtensor.comm import Comm
 
-__all__ = ["Designs", "Ridge", "View", "make_view", "predictor", "solve_by_gradients", "solve_exactly", "whiten"]
+__all__ = [
+    "Designs",
+    "Ridge",
+    "View",
+    "make_view",
+    "predictor",
+    "second_moment",
+    "solve_by_gradients",
+    "solve_exactly",
+    "whiten",
+]
 
 PIECE = 2**22  # numbers of designs that are in memory at a time
+BLOCK = 2**19  # numbers of designs of more than two modes that steps stay with, so that they stay in the cache
 FEWER = 0.7  # share of the cells below which the others are left out of further steps
 SEGMENT = 8, 256  # cells of a row that are multiplied at a time, at least and at most
 
@@ -54,8 +66,10 @@ class View(NamedTuple):
         Labels of the other modes.
     weight : Tensor, shape (n,), or None
         None: all ones.
+    n_cells : Tensor, shape (size,), int64
+        Cells of each label, over all ranks.
     total : Tensor, shape (size,)
-        Summed weights of each label, over all ranks.
+        Their summed weights.
     comm : Comm
     """
 
@@ -63,6 +77,7 @@ class View(NamedTuple):
     ends: Tensor
     others: Tensor
     weight: Tensor | None
+    n_cells: Tensor
     total: Tensor
     comm: Comm
 
@@ -70,9 +85,18 @@ class View(NamedTuple):
         """Numbers (n,) times the weights."""
         return numbers if self.weight is None else self.weight * numbers
 
-    def add(self, numbers: Tensor) -> Tensor:
-        """Sums (size,) over each label's cells of all ranks of numbers (n,)."""
-        return self.comm.sum(torch.segment_reduce(numbers, "sum", offsets=self.ends))
+    def blocks(self, width: int) -> Iterator[tuple[int, int, "View"]]:
+        """Labels from one to another whose designs have few numbers together, and their cells: alike on all ranks."""
+        if len(self.others) == 1:  # designs are rows of a table
+            yield 0, len(self.n_cells), self
+            return
+        block = (self.n_cells.cumsum(0) - self.n_cells) * width // BLOCK
+        bounds = [0, *(block.diff().nonzero()[:, 0] + 1).tolist(), len(self.n_cells)]
+        ends = self.ends[torch.tensor(bounds, device=self.ends.device)].tolist()
+        for (low, high), (first, end) in zip(pairwise(bounds), pairwise(ends), strict=True):
+            weight = None if self.weight is None else self.weight[first:end]
+            cells = self.order[first:end], self.ends[low : high + 1] - first, self.others[:, first:end], weight
+            yield low, high, View(*cells, self.n_cells[low:high], self.total[low:high], self.comm)
 
 
 class Ridge(NamedTuple):
@@ -99,10 +123,10 @@ def make_view(labels: Tensor, mode: int, size: int, weight: Tensor | None, comm:
     order = torch.argsort(labels[:, mode], stable=True)
     counts = torch.bincount(labels[:, mode], minlength=size)
     ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    others = [k for k in range(labels.shape[1]) if k != mode]
     sorted_weight = None if weight is None else weight[order]
     total = counts.double() if sorted_weight is None else torch.segment_reduce(sorted_weight, "sum", offsets=ends)
-    return View(order, ends, labels[order][:, others].T.contiguous(), sorted_weight, comm.sum(total), comm)
+    columns = torch.stack([labels[:, k][order] for k in range(labels.shape[1]) if k != mode])
+    return View(order, ends, columns, sorted_weight, comm.sum(counts), comm.sum(total), comm)
 
 
 def predictor(factors: Sequence[Tensor], effects: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -192,16 +216,10 @@ class Designs:
         cells = torch.repeat_interleave(rows, counts).nonzero()[:, 0]
         ends = torch.cat([counts.new_zeros(1), counts[rows].cumsum(0)])
         weight = None if view.weight is None else view.weight[cells]
-        part = View(view.order[cells], ends, view.others[:, cells], weight, view.total[rows], view.comm)
+        part = View(
+            view.order[cells], ends, view.others[:, cells], weight, view.n_cells[rows], view.total[rows], view.comm
+        )
         return Designs(part, self._tables, self._with_effects), cells
-
-    def second_moment(self, totals: Sequence[Tensor]) -> Tensor:
-        """``S``, (R, R): mean of ``z z'``, exact for two modes; for more, as if modes were independent."""
-        found = torch.ones(self.width, self.width, dtype=totals[0].dtype, device=totals[0].device)
-        for table, total in zip(self._tables, totals, strict=True):
-            whole = _with_one(table) if self._with_effects else table
-            found *= whole.T @ (total[:, None] * whole) / total.sum()
-        return found
 
     def _pieces(self) -> Iterator[_Piece]:
         if self._kept is not None:
@@ -222,6 +240,26 @@ def _with_one(table: Tensor) -> Tensor:
     return torch.cat([table, table.new_ones(len(table), 1)], dim=1)
 
 
+def second_moment(tables: Sequence[Tensor], totals: Sequence[Tensor], with_effects: bool) -> Tensor:
+    """``S``, (R, R): mean of ``z z'`` over the cells, exact for two modes; for more, as if modes were independent.
+
+    Parameters
+    ----------
+    tables : sequence of Tensor, shape (size, R)
+        Factors of the other modes.
+    totals : sequence of Tensor, shape (size,)
+        Summed weights of their labels.
+    with_effects : bool
+        Whether a column of ones follows.
+    """
+    width = tables[0].shape[1] + with_effects
+    found = torch.ones(width, width, dtype=totals[0].dtype, device=totals[0].device)
+    for table, total in zip(tables, totals, strict=True):
+        whole = _with_one(table) if with_effects else table
+        found *= whole.T @ (total[:, None] * whole) / total.sum()
+    return found
+
+
 def whiten(second_moment: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
     """``D``, (R,), and ``Q``, (R, R): of ``Q' S Q = D`` and ``Q' L Q = 1``, with the diagonal (R,) of ``L``."""
     root = strength.rsqrt()
@@ -234,7 +272,7 @@ def solve_by_gradients(
     table: Tensor,
     residual: Tensor,
     ridge: Ridge,
-    second_moment: Tensor,
+    whitened: tuple[Tensor, Tensor],
     n_inner: int,
     inner_tol: float,
 ) -> tuple[Tensor, Tensor]:
@@ -249,8 +287,8 @@ def solve_by_gradients(
     residual : Tensor, shape (n,)
         What the table leaves of the values, in the view's order.
     ridge : Ridge
-    second_moment : Tensor, shape (R, R)
-        For the preconditioner; any positive semidefinite matrix is right, a good one fast.
+    whitened : tuple of Tensor, shape (R,), (R, R)
+        `whiten` of the second moment; of any positive semidefinite matrix is right, of a good one fast.
     n_inner : int
         Steps at most.
     inner_tol : float
@@ -261,7 +299,7 @@ def solve_by_gradients(
     table : Tensor, shape (size, R)
     residual : Tensor, shape (n,)
     """
-    values, basis = whiten(second_moment, ridge.strength)
+    values, basis = whitened
     inverse = 1 / (designs.view.total[:, None] * values + ridge.scale[:, None])
 
     def precondition(left: Tensor, inverse: Tensor) -> Tensor:

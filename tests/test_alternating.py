@@ -16,7 +16,15 @@ from probtensor.comm import Serial
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.models import AlternatingMinimization
 from probtensor.models.alternating_fit import Cells, Problem, Settings, Tables, balanced, half_sweep, start_tables
-from probtensor.models.alternating_rows import Designs, Ridge, make_view, solve_by_gradients, solve_exactly
+from probtensor.models.alternating_rows import (
+    Designs,
+    Ridge,
+    make_view,
+    second_moment,
+    solve_by_gradients,
+    solve_exactly,
+    whiten,
+)
 from tests import reference_alternating as reference
 
 SHAPES = [(7, 5), (30, 1), (6, 5, 4), (4, 3, 2, 5)]
@@ -72,10 +80,11 @@ def test_rows_that_are_left_early_come_as_near_as_asked_and_pieces_do_not_matter
 
     def run(tol, solver):
         designs = Designs(view, tensors(factors[1:]), with_effects=False)
-        moment = designs.second_moment([torch.ones(size, dtype=torch.float64) for size in sizes[1:]])
+        totals = [torch.ones(size, dtype=torch.float64) for size in sizes[1:]]
+        whitened = whiten(second_moment(tensors(factors[1:]), totals, False), ridge.strength)
         if solver == "exact":
             return solve_exactly(designs, table, residual, ridge)[0]
-        return solve_by_gradients(designs, table, residual, ridge, moment, 100, tol)[0]
+        return solve_by_gradients(designs, table, residual, ridge, whitened, 100, tol)[0]
 
     def distance(found):
         return float((found - run(0, "exact")).norm() / (table - run(0, "exact")).norm())
@@ -87,10 +96,26 @@ def test_rows_that_are_left_early_come_as_near_as_asked_and_pieces_do_not_matter
     np.testing.assert_allclose(run(0, "exact"), run(1e-16, "cg"), atol=1e-6)
 
 
+def test_blocks_of_labels_do_not_matter(monkeypatch):
+    labels, y, weight, factors, effects = problem((9, 5, 4))
+    cells = Cells(torch.from_numpy(labels), torch.from_numpy(y), torch.from_numpy(weight), (9, 5, 4))
+    tables, strength = Tables(tensors(factors), tensors(effects)), torch.ones(4, dtype=torch.float64)
+    for solver in ("cg", "exact"):
+        whole = Problem.of(cells, settings(solver=solver), Serial())
+        residual = cells.values - tables.predict(cells.labels)
+        with monkeypatch.context() as patch:
+            expected = half_sweep(whole, 0, tables, residual, strength)
+            patch.setattr("probtensor.models.alternating_rows.BLOCK", 100)
+            assert len(list(whole.views[0].blocks(4))) > 3
+            found = half_sweep(whole, 0, tables, residual, strength)
+        np.testing.assert_allclose(found[0].factors[0], expected[0].factors[0], atol=1e-8)
+        np.testing.assert_allclose(found[1], expected[1], atol=1e-8)
+
+
 def test_the_second_moment_is_the_mean_over_cells_of_a_matrix():
     labels, _, weight, factors, _ = problem((7, 5))
-    view = [make_view(torch.from_numpy(labels), k, (7, 5)[k], torch.from_numpy(weight), Serial()) for k in (0, 1)]
-    found = Designs(view[0], tensors(factors[1:]), with_effects=True).second_moment([view[1].total])
+    total = np.bincount(labels[:, 1], weight, 5)
+    found = second_moment(tensors(factors[1:]), tensors([total]), with_effects=True)
     z = reference.design(factors, labels, 0, effects=True)
     np.testing.assert_allclose(found, z.T @ np.diag(weight) @ z / weight.sum(), atol=1e-12)
 
