@@ -96,9 +96,9 @@ def fit_alternating(
         problem = Problem.of(cells, settings, comm)
         ridge = PLAIN_RIDGE if ridge is None else ridge
         run = sweeps(problem, start_tables(problem, generator), ridge, settings.max_iter, settings.tol, report)
-        square = problem.loss(
-            cells.values if n_in + n_out < MIN_ROWS else cells.values - run.tables.predict(cells.labels)
-        )
+        few = n_in + n_out < MIN_ROWS
+        left = problem.cells.values - (0.0 if few else run.tables.predict(problem.cells.labels))
+        square = problem.loss(left)
         noise = max(square / float(problem.views[0].total.sum()), LEAST_VARIANCE)
         return _fitted(problem, run, ridge, noise, mixture, tried)
     problem, hidden = Problem.of(cells.take(~out), settings, comm), cells.take(out)

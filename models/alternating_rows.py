@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 PIECE = 2**22  # numbers of designs that are in memory at a time
-BLOCK = 2**19  # numbers of designs of more than two modes that steps stay with, so that they stay in the cache
+BLOCK = 2**19  # numbers that all steps of some labels work on, so that they stay in the cache
 FEWER = 0.7  # share of the cells below which the others are left out of further steps
 SEGMENT = 8, 256  # cells of a row that are multiplied at a time, at least and at most
 
@@ -86,11 +86,9 @@ class View(NamedTuple):
         return numbers if self.weight is None else self.weight * numbers
 
     def blocks(self, width: int) -> Iterator[tuple[int, int, "View"]]:
-        """Labels from one to another whose designs have few numbers together, and their cells: alike on all ranks."""
-        if len(self.others) == 1:  # designs are rows of a table
-            yield 0, len(self.n_cells), self
-            return
-        block = (self.n_cells.cumsum(0) - self.n_cells) * width // BLOCK
+        """Labels from one to another that have few numbers together, and their cells: alike on all ranks."""
+        per_cell = width if len(self.others) > 1 else 1  # of two modes, designs are rows of a table
+        block = (self.n_cells.cumsum(0) - self.n_cells) * per_cell // BLOCK
         bounds = [0, *(block.diff().nonzero()[:, 0] + 1).tolist(), len(self.n_cells)]
         ends = self.ends[torch.tensor(bounds, device=self.ends.device)].tolist()
         for (low, high), (first, end) in zip(pairwise(bounds), pairwise(ends), strict=True):

@@ -12,6 +12,7 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 import probtensor as pt
+from benchmarks import alternating as benchmark
 from probtensor.comm import Serial
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.models import AlternatingMinimization
@@ -58,15 +59,16 @@ def test_a_half_sweep_is_a_dense_ridge_regression_for_each_label(sizes, weighted
     cells = Cells(torch.from_numpy(labels), torch.from_numpy(y), torch.from_numpy(weight) if weighted else None, sizes)
     whole = Problem.of(cells, settings(solver=solver), Serial())
     tables = Tables(tensors(factors), tensors(effects))
-    residual = cells.values - tables.predict(cells.labels)
-    np.testing.assert_allclose(residual, y - reference.predict(factors, effects, labels), atol=1e-12)
+    residual = whole.cells.values - tables.predict(whole.cells.labels)
+    order = np.argsort(labels[:, 0], kind="stable")
+    np.testing.assert_allclose(residual, (y - reference.predict(factors, effects, labels))[order], atol=1e-12)
     strength = torch.tensor([0.7, 0.7, 0.7, 3.0], dtype=torch.float64)
     for mode in range(len(sizes)):
         found, left = half_sweep(whole, mode, tables, residual, strength)
         expected = reference.regressions(factors, effects, labels, y, weight, mode, strength.numpy())
         np.testing.assert_allclose(found.factors[mode], expected[:, :-1], atol=1e-8)
         np.testing.assert_allclose(found.effects[mode], expected[:, -1], atol=1e-8)
-        np.testing.assert_allclose(left, cells.values - found.predict(cells.labels), atol=1e-9)
+        np.testing.assert_allclose(left, whole.cells.values - found.predict(whole.cells.labels), atol=1e-9)
 
 
 @pytest.mark.parametrize("sizes", [(40, 6), (40, 6, 4)])
@@ -96,16 +98,17 @@ def test_rows_that_are_left_early_come_as_near_as_asked_and_pieces_do_not_matter
     np.testing.assert_allclose(run(0, "exact"), run(1e-16, "cg"), atol=1e-6)
 
 
-def test_blocks_of_labels_do_not_matter(monkeypatch):
-    labels, y, weight, factors, effects = problem((9, 5, 4))
-    cells = Cells(torch.from_numpy(labels), torch.from_numpy(y), torch.from_numpy(weight), (9, 5, 4))
+@pytest.mark.parametrize("sizes", [(9, 30), (9, 5, 4)])
+def test_blocks_of_labels_do_not_matter(sizes, monkeypatch):
+    labels, y, weight, factors, effects = problem(sizes)
+    cells = Cells(torch.from_numpy(labels), torch.from_numpy(y), torch.from_numpy(weight), sizes)
     tables, strength = Tables(tensors(factors), tensors(effects)), torch.ones(4, dtype=torch.float64)
     for solver in ("cg", "exact"):
         whole = Problem.of(cells, settings(solver=solver), Serial())
-        residual = cells.values - tables.predict(cells.labels)
+        residual = whole.cells.values - tables.predict(whole.cells.labels)
         with monkeypatch.context() as patch:
             expected = half_sweep(whole, 0, tables, residual, strength)
-            patch.setattr("probtensor.models.alternating_rows.BLOCK", 100)
+            patch.setattr("probtensor.models.alternating_rows.BLOCK", 20 if len(sizes) == 2 else 100)
             assert len(list(whole.views[0].blocks(4))) > 3
             found = half_sweep(whole, 0, tables, residual, strength)
         np.testing.assert_allclose(found[0].factors[0], expected[0].factors[0], atol=1e-8)
@@ -318,6 +321,18 @@ def test_bad_rows_and_what_is_not_supported_are_named(tmp_path):
         model.predict(X)
     with pytest.warns(ConvergenceWarning, match="raise max_iter"):
         AlternatingMinimization(max_iter=1, ridge=0.1, held_out=0.0, progress=False).fit(X, y)
+
+
+def test_the_benchmark_draws_what_it_says_and_prints_tables():
+    case = benchmark.Case((30, 20), 2, 400, 0.1, 0.5, 0.9)
+    X, y, X_test, y_test = case.draw(0, 50)
+    assert len(np.unique(X, axis=0)) == len(X) <= 400
+    assert (X_test.shape, y_test.shape) == ((50, 2), (50,))
+    assert y.std() == pytest.approx(1, rel=0.1)
+    lines = list(benchmark.cost_lines([300, 600], ranks=(2, 3), n_modes=3))
+    assert sum(line.startswith("| 300 |") or line.startswith("| 3 |") for line in lines) == 2
+    lines = list(benchmark.recovery_lines([0], [case], n_sweeps=20))
+    assert len(lines) == 2 + 2 + 4 + 1
 
 
 @pytest.mark.mpi
