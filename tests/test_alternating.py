@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -321,6 +323,18 @@ def test_bad_rows_and_what_is_not_supported_are_named(tmp_path):
         model.predict(X)
     with pytest.warns(ConvergenceWarning, match="raise max_iter"):
         AlternatingMinimization(max_iter=1, ridge=0.1, held_out=0.0, progress=False).fit(X, y)
+
+
+FOLDER = Path(os.environ.get("PROBTENSOR_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "dain"
+
+
+@pytest.mark.skipif(not FOLDER.exists(), reason=f"no {FOLDER}: set PROBTENSOR_DATA to the folder of data sets")
+def test_defaults_are_sensible_on_ratings_of_films():
+    X, y = benchmark.load_table(FOLDER, "MovieLens small, user × film")
+    test = np.random.default_rng(0).random(len(y)) < 0.1
+    model = AlternatingMinimization(rank=10, random_state=0, progress=False).fit(X[~test], y[~test])
+    with pytest.warns(UnknownLabelWarning):
+        assert pt.metrics.rmse(y[test], model.predict(X[test])) < 0.9
 
 
 def test_the_benchmark_draws_what_it_says_and_prints_tables():
