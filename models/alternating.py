@@ -56,7 +56,7 @@ class AlternatingMinimization(TensorRegressor):
         have up to 64 bins as labels.
     solver : {"cg", "exact"}, default "cg"
         Conjugate gradients, ``O(cells * rank)`` a step; or Cholesky factors of normal matrices, ``O(cells * rank^2 +
-        labels * rank^3)``, which is faster below a rank of about 8.
+        labels * rank^3)``: as fast for small tables and ranks, and better without noise where labels have few cells.
     ridge : "auto" or float, default "auto"
         Penalty on the squares of the factors, for values of variance 1: the noise's variance over that of a factor.
     biases : bool, default True
