@@ -1,4 +1,4 @@
-"""Commands that measure completion, influence and augmentation."""
+"""Commands that measure completion, alternating minimization, influence and augmentation."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.alternating import block_lines, cost_lines, real_lines, recovery_lines, whole_lines
 from benchmarks.augmentation import augmentation_lines
 from benchmarks.commands import Out, app, machine, report
 from benchmarks.completion import COMPLETION_SETS, METHODS, completion_lines
@@ -31,6 +32,36 @@ def completion(
     """Neural tensor completion against means, effects, trees, factorizations and networks, a tenth of rows held out."""
     lines = completion_lines(data, sets.split(","), [int(seed) for seed in seeds.split(",")], methods.split(","), jobs)
     report([f"{machine('cpu')}, one thread", "", *lines], out)
+
+
+@app.command()
+def alternating(
+    data: Annotated[Path | None, typer.Option(help="Folder with the tables of --parts real,blocks.")] = None,
+    parts: Annotated[str, typer.Option(help="Of cost, tensors, recovery, real, blocks, whole.")] = "cost,recovery",
+    sizes: Annotated[str, typer.Option(help="Cells, separated by commas.")] = "1000,10000,100000,1000000",
+    seeds: Seeds = "0,1,2",
+    out: Out = None,
+) -> None:
+    """Alternating minimization: seconds of a sweep by cells and rank, recovery, real tables, greedy blocks, memory."""
+    torch.set_num_threads(1)
+    numbers, splits = [int(size) for size in sizes.split(",")], [int(seed) for seed in seeds.split(",")]
+    if data is None and {"real", "blocks"} & set(parts.split(",")):
+        raise typer.BadParameter("--data: expected the folder of the tables for the parts real and blocks")
+    lines: list[str] = []
+    for part in parts.split(","):
+        if part == "cost":
+            lines += cost_lines(numbers)
+        elif part == "tensors":
+            lines += cost_lines(numbers, n_modes=3)
+        elif part == "recovery":
+            lines += recovery_lines(splits)
+        elif part == "whole":
+            lines += whole_lines(max(numbers), 16)
+        elif data is not None and part in ("real", "blocks"):
+            lines += real_lines(data, splits) if part == "real" else block_lines(data)
+        else:
+            raise typer.BadParameter(f"--parts: expected cost, tensors, recovery, real, blocks or whole, got {part!r}")
+    report([f"{machine('cpu')}, one thread, CPU seconds", "", *lines], out)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from probtensor.models.adapter_variational import fit_variational as fit_variati
 from probtensor.models.additive_coders import BSC as BSC
 from probtensor.models.additive_coders import DSC as DSC
 from probtensor.models.additive_coders import TSC as TSC
+from probtensor.models.alternating import AlternatingMinimization as AlternatingMinimization
 from probtensor.models.augmentation import DAIN as DAIN
 from probtensor.models.completion import NeuralTensorCompletion as NeuralTensorCompletion
 from probtensor.models.flora import FLoRAConfig as FLoRAConfig
@@ -31,6 +32,7 @@ __all__ = [
     "MCA",
     "MMCA",
     "TSC",
+    "AlternatingMinimization",
     "FLoRAConfig",
     "FunBaT",
     "MoG",

@@ -78,7 +78,7 @@ def test_one_function_has_the_bound_and_mean_of_the_dense_process() -> None:
     assert np.mean(fit.bound_history[-200:]) == pytest.approx(float(evidence), abs=0.3)
     draws = fit.draw(guide, *rows, n_samples=500)["noise_x"]
     means = torch.stack([prior_values(f, log_hyper, z) for z in draws]).mean(0)[:, 0]
-    torch.testing.assert_close(means, K @ torch.linalg.solve(marginal, data.values), rtol=0, atol=0.05)
+    torch.testing.assert_close(means, K @ torch.linalg.solve(marginal, data.values), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("form", ["cp", "tucker"])
