@@ -124,7 +124,7 @@ class AdapterLaplace:
         """
         means, covariances = [], []
         for mean, jacobians in self._rows(x):
-            turned = torch.stack([self._spectrum.rotate(list(each)) for each in zip(*jacobians, strict=True)])
+            turned = self._spectrum.rotate([each.flatten(0, 1) for each in jacobians]).unflatten(0, mean.shape)
             if self._newton:
                 mean = mean + turned @ step_to_mode(
                     self._summary, Hyperparameters(self.prior_precision, self.noise_variance)
