@@ -58,6 +58,14 @@ class Trained:
     rates: tuple[float, float]
     posteriors: dict[str, AdapterLaplace] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def validation_batches(self) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+        return batches_of(self.job, self.validation)
+
+    @functools.cached_property
+    def test_inputs(self) -> tuple[Tensor, ...]:
+        return tuple(each[self.test] for each in self.job.inputs)
+
 
 def trained(job: Job, seed: int, rates: tuple[float, float]) -> Trained:
     rows, validation = draw(job, seed, True, HELD_SHARE)
@@ -107,11 +115,15 @@ def posterior(at: Trained, kind: str) -> AdapterLaplace:
     """By `fit_laplace` of a structure, or by `fit_by_evidence` from a copy of the network."""
     if kind not in at.posteriors:
         rows = batches_of(at.job, at.rows)
+        loops = any(isinstance(module, nn.PReLU) for module in at.network.modules())  # whose derivative vmap refuses
+        options: dict[str, Any] = {"jacobian": "loop" if loops else "vmap"}
         if kind == "evidence":
             network = copy.deepcopy(at.network)
-            at.posteriors[kind] = fit_by_evidence(Adapters(network), rows, structure="kronecker")
+            found = fit_by_evidence(Adapters(network), rows, structure="kronecker", **options)
         else:
-            at.posteriors[kind] = fit_laplace(Adapters(at.network), rows, structure=kind)  # type: ignore[arg-type]
+            found = fit_laplace(Adapters(at.network), rows, structure=kind, **options)
+        setattr(found, "outputs", functools.cache(found.outputs))  # noqa: B010  the same at all temperatures
+        at.posteriors[kind] = found
     return at.posteriors[kind]
 
 
@@ -119,8 +131,8 @@ def predicted(at: Trained, kind: str, tuned: bool, samples: int | None = None) -
     found = posterior(at, kind)
     found.temperature = 1.0
     if tuned:
-        found.tune_temperature(batches_of(at.job, at.validation))
-    return found.predict(tuple(each[at.test] for each in at.job.inputs), samples).mean
+        found.tune_temperature(at.validation_batches)
+    return found.predict(at.test_inputs, samples).mean
 
 
 def way(kind: str, tuned: bool, samples: int | None = None) -> Callable[[Trained], Tensor]:
