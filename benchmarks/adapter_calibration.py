@@ -56,6 +56,7 @@ class Trained:
     test: Tensor
     seed: int
     rates: tuple[float, float]
+    clip: float
     posteriors: dict[str, AdapterLaplace] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -67,17 +68,17 @@ class Trained:
         return tuple(each[self.test] for each in self.job.inputs)
 
 
-def trained(job: Job, seed: int, rates: tuple[float, float]) -> Trained:
+def trained(job: Job, seed: int, rates: tuple[float, float], clip: float = 0.0) -> Trained:
     rows, validation = draw(job, seed, True, HELD_SHARE)
     test = torch.nonzero(job.part == 2).flatten()
-    network, _ = train(job, "flora", *rates, seed, rows, OURS)
-    return Trained(job, network, rows, validation, test, seed, rates)
+    network, _ = train(job, "flora", *rates, seed, rows, OURS, clip)
+    return Trained(job, network, rows, validation, test, seed, rates, clip)
 
 
 @torch.no_grad()
 def logits(job: Job, network: nn.Module, rows: Tensor) -> Tensor:
     parts = [network(*[each[some] for each in job.inputs]) for some in rows.split(250)]
-    return torch.cat(parts).double()
+    return torch.cat(parts).double().cpu()
 
 
 def tuned_scale(outputs: Tensor, labels: Tensor) -> float:
@@ -106,7 +107,7 @@ def ensemble(at: Trained) -> Tensor:
     """Networks that saw the same examples in other orders."""
     found = [point(at)]
     for member in range(1, MEMBERS):
-        network, _ = train(at.job, "flora", *at.rates, at.seed + 1000 * member, at.rows, OURS)
+        network, _ = train(at.job, "flora", *at.rates, at.seed + 1000 * member, at.rows, OURS, at.clip)
         found.append(logits(at.job, network, at.test).softmax(1))
     return torch.stack(found).mean(0)
 
@@ -153,10 +154,10 @@ WAYS: dict[str, tuple[str, Callable[[Trained], Tensor]]] = {
 
 
 def probabilities_of(
-    job: Job, seed: int, rates: tuple[float, float], ways: list[str]
+    job: Job, seed: int, rates: tuple[float, float], ways: list[str], clip: float = 0.0
 ) -> dict[str, tuple[Tensor, float]]:
     """Test probabilities by way, and the seconds each took after training."""
-    at, found = trained(job, seed, rates), {}
+    at, found = trained(job, seed, rates, clip), {}
     for name in ways:
         begin = time.perf_counter()
         found[name] = WAYS[name][1](at).cpu(), time.perf_counter() - begin

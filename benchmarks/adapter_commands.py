@@ -32,6 +32,7 @@ def calibration(
     seeds: int = 10,
     rate: Annotated[float, typer.Option(help="Learning rate of cores.")] = 0.03,
     ratio: Annotated[float, typer.Option(help="How many times as fast factors learn.")] = 3.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of a step's gradient; 0: none.")] = 0.0,
     ways: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(WAYS),
     device: str = "cpu",
     out: Out = None,
@@ -43,11 +44,10 @@ def calibration(
     labels = loaded.labels[loaded.part == 2]
     found: dict[str, list[Scores]] = {name: [] for name in names}
     for seed in range(seeds):
-        for name, (probabilities, seconds) in probabilities_of(loaded, seed, (rate, ratio), names).items():
+        for name, (probabilities, seconds) in probabilities_of(loaded, seed, (rate, ratio), names, clip).items():
             found[name].append(scores_of(probabilities, labels, seconds))
-        title = (
-            f"**{SETTINGS[job].title}**, test examples: {len(labels):,}; seeds: {seed + 1}; rate {rate:g} × {ratio:g}"
-        )
+        settings = f"rate {rate:g} × {ratio:g}" + (f", gradients clipped to {clip:g}" if clip else "")
+        title = f"**{SETTINGS[job].title}**, test examples: {len(labels):,}; seeds: {seed + 1}; {settings}"
         lines = [f"{machine(device)}, torch {torch.__version__}, one thread", "", title, "", *calibration_table(found)]
         if out is not None:
             out.write_text("\n".join(lines) + "\n")
