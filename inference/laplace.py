@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Curvature", "Hyperparameters", "Spectrum", "Summary", "log_evidence", "maximize_evidence", "step_to_mode"]
 
@@ -125,12 +126,17 @@ class Curvature:
         if structure == "full" and self.n > MAX_FULL:
             raise ValueError(f"structure: expected 'kronecker' or 'diagonal' for {self.n:,} parameters, got 'full'")
         self._sums: list[Tensor] = []
+        self._rows: list[Tensor] = []  # of "full", while they are fewer than parameters
 
     def add(self, rows: Sequence[Tensor]) -> None:
         """Add rows, shapes (m, *shape)."""
         if self.structure == "full":
-            flat = _flat(rows)
-            terms = [flat.mT @ flat]
+            self._rows.append(_flat(rows))
+            if not self._sums and sum(map(len, self._rows)) < self.n:
+                return
+            rows_seen = torch.cat(self._rows)
+            terms = [rows_seen.mT @ rows_seen]
+            self._rows = []
         elif self.structure == "diagonal":
             terms = [_flat(rows).square().sum(0)]
         else:
@@ -142,6 +148,8 @@ class Curvature:
         """Eigenvalues, and the basis that belongs to them."""
         if self.structure == "diagonal":
             return Spectrum(self._sums[0], _flat)
+        if self._rows:
+            return _thin(torch.cat(self._rows))
         found = [torch.linalg.eigh(total) for total in self._sums]
         if self.structure == "full":
             values, vectors = found[0]
@@ -166,6 +174,19 @@ class Curvature:
             return _flat(turned)
 
         return Spectrum(torch.cat(parts), turn)
+
+
+def _thin(rows: Tensor) -> Spectrum:
+    """Of the sum of outer products of few rows (m, P): a basis of all P, of which m reflections are kept."""
+    m, n = rows.shape
+    reflectors, scales = torch.geqrf(rows.mT)
+    vectors, roots, _ = torch.linalg.svd(reflectors[:m].triu())
+
+    def turn(tensors: Sequence[Tensor]) -> Tensor:
+        turned = torch.ormqr(reflectors, scales, _flat(tensors).mT, transpose=True).mT
+        return torch.cat([turned[:, :m] @ vectors, turned[:, m:]], 1)
+
+    return Spectrum(F.pad(roots.square(), (0, n - m)), turn)
 
 
 def log_evidence(summary: Summary, precision: Tensor, noise_variance: Tensor, newton: bool = False) -> Tensor:

@@ -124,7 +124,7 @@ class AdapterLaplace:
         """
         means, covariances = [], []
         for mean, jacobians in self._rows(x):
-            turned = torch.stack([self._spectrum.rotate(list(each)) for each in zip(*jacobians, strict=True)])
+            turned = self._spectrum.rotate([each.flatten(0, 1) for each in jacobians]).reshape(*mean.shape, -1)
             if self._newton:
                 mean = mean + turned @ step_to_mode(
                     self._summary, Hyperparameters(self.prior_precision, self.noise_variance)
@@ -250,7 +250,7 @@ def fit_laplace(
         Whether predictions keep the trained outputs, or move to the mode of the linearised model, which is exact for
         models that are linear in the cores, and helps where training stopped early or used another prior.
     jacobian : {"vmap", "loop"}, default "vmap"
-        "loop" takes rows and outputs one by one, for layers that `torch.func.vmap` cannot take (recurrent ones).
+        "loop" takes rows and outputs one by one, for layers that `torch.func.vmap` cannot take (recurrent ones, PReLU).
 
     Returns
     -------

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from probtensor.axes import Axis, ContinuousAxis
+from probtensor.blocks import mixed
 from probtensor.calibration import inflated
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm
@@ -28,7 +29,6 @@ from probtensor.models.alternating_model import (
     moments,
 )
 from probtensor.models.completion_inputs import bin_edges, distinct_keys, encode, n_labels
-from probtensor.models.completion_training import mixed
 from probtensor.predictive import NormalMixture
 from probtensor.resources import RandomState, is_integer, is_number, resolve_device, shared_generator
 

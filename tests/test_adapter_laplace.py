@@ -169,6 +169,21 @@ def test_kronecker_blocks_are_what_their_definition_says() -> None:
     torch.testing.assert_close((turned * spectrum.values) @ turned.T, v @ H @ v.T)
 
 
+@pytest.mark.parametrize("counts", [(1,), (3, 4), (3, 4, 5), (9, 1), (10, 3)])
+def test_the_full_curvature_of_few_rows_is_that_of_many(counts: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    curvature, seen = Curvature("full", [(2, 3), (4,)]), []
+    for count in counts:
+        rows = [torch.randn(count, 2, 3, dtype=DOUBLE), torch.randn(count, 4, dtype=DOUBLE)]
+        rows[0][0], rows[1][0] = 0.0, 0.0  # a row that no parameter moves
+        curvature.add(rows)
+        seen.append(torch.cat([row.flatten(1) for row in rows], 1))
+    spectrum, eye = curvature.spectrum(), torch.eye(10, dtype=DOUBLE)
+    turned = spectrum.rotate([eye[:, :6].reshape(10, 2, 3), eye[:, 6:]])
+    torch.testing.assert_close(turned @ turned.mT, eye)
+    torch.testing.assert_close((turned * spectrum.values) @ turned.mT, torch.cat(seen).mT @ torch.cat(seen))
+
+
 def test_probit_and_draws_agree_and_rows_far_away_are_less_certain() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3)).double()
