@@ -1,8 +1,8 @@
 """TensorLy's decompositions of a table with missing cells: PARAFAC (CP), non-negative PARAFAC, Tucker.
 
 A table becomes the dense tensor of its cell means. Cells that were not observed are hidden: they hold the training mean
-at first and the model's own reconstruction after that. `probtensor.decomposition_sweeps` has the
-loop. `probtensor.baselines` offers these estimators too.
+at first and the model's own reconstruction after that. `probtensor.decomposition_sweeps` has the loop.
+`probtensor.baselines` offers these estimators too.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ class _MaskedDecomposition(RegressorMixin, BaseEstimator, ABC):  # type: ignore[
 
     def predict(self, X: Any) -> FloatArray:
         """Predict values; the training mean where a label was not seen.
+
+        A label of a categorical column that no training row has counts as seen: its cells were hidden, one and all, and
+        have what the sweeps made of the mean that they began with.
 
         Parameters
         ----------

@@ -44,7 +44,8 @@ def plot_rank_choice(choice: RankChoice, *, ax: Axes | None = None) -> Axes:
         at, reached, error, color=COLOURS[0], linewidth=1.8, elinewidth=1.2, marker="o", markerfacecolor="white"
     )
     ax.plot(at[chosen], reached[chosen], "o", color=COLOURS[0], markersize=8, zorder=3)
-    ax.set_xticks(at, [_words(rank) for rank in ranks])
+    labels = [_words(rank) for rank in ranks]
+    ax.set_xticks(at, labels, rotation=30 if max(map(len, labels)) > 4 else 0)
     ax.set_title(f"rank {_words(choice.rank)} chosen", fontsize=LABEL_SIZE, color=INK, loc="left")
     dress(ax, "rank", "RMSE on cells held out" if held_out else "bound on the log evidence")
     return ax
