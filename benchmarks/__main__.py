@@ -2,6 +2,7 @@
 
 from benchmarks import (
     adapter_commands,
+    classical_commands,
     completion_commands,
     finetune_commands,
     funbat_commands,
@@ -12,6 +13,7 @@ from benchmarks.commands import app
 
 __all__ = [
     "adapter_commands",
+    "classical_commands",
     "completion_commands",
     "finetune_commands",
     "funbat_commands",
