@@ -8,10 +8,11 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.commands import app, machine
+from benchmarks.commands import Out, app, machine, report
 from benchmarks.head_to_head import as_json, markdown, measure, versions
 from benchmarks.ranks import rank_lines
 from benchmarks.run_suites import SUITES
+from benchmarks.variational_ranks import variational_rank_lines
 
 RANKS = "mpi"
 RANK_SETTINGS = {"rank": 2, "coordinates": 1000, "device": "cpu", "dtype": "float64"}
@@ -52,3 +53,14 @@ def launcher() -> str:
     """MPICH's, where it came with this Python."""
     beside = Path(sys.executable).with_name("mpiexec")
     return str(beside) if beside.exists() else "mpiexec"
+
+
+@app.command()
+def svi_ranks(
+    ranks: Annotated[str, typer.Option(help="Numbers of MPI ranks, 1 the first; separated by commas.")] = "1,2",
+    sizes: str = "1000000",
+    out: Out = None,
+) -> None:
+    """Seconds of a step of variational inference over all rows, on several MPI ranks."""
+    numbers = [[int(x) for x in text.split(",")] for text in (ranks, sizes)]
+    report([machine("cpu"), "", *variational_rank_lines([launcher()], *numbers)], out)
