@@ -10,6 +10,8 @@ from probtensor.models.additive_coders import BSC as BSC
 from probtensor.models.additive_coders import DSC as DSC
 from probtensor.models.additive_coders import TSC as TSC
 from probtensor.models.augmentation import DAIN as DAIN
+from probtensor.models.bayesian_tucker import BayesianCP as BayesianCP
+from probtensor.models.bayesian_tucker import BayesianTucker as BayesianTucker
 from probtensor.models.completion import NeuralTensorCompletion as NeuralTensorCompletion
 from probtensor.models.flora import FLoRAConfig as FLoRAConfig
 from probtensor.models.flora import inject_adapters as inject_adapters
@@ -31,6 +33,8 @@ __all__ = [
     "MCA",
     "MMCA",
     "TSC",
+    "BayesianCP",
+    "BayesianTucker",
     "FLoRAConfig",
     "FunBaT",
     "MoG",
