@@ -22,7 +22,7 @@ class BayesianCP(FactorRegressor):
 
     Parameters
     ----------
-    rank : int, default 8
+    rank : int, default 20
         Components at most; see `effective_rank_`.
     axes : sequence of Axis, optional
         What the modes mean. Default: by column. Whatever the axis, each distinct value is a label of its own, floats
@@ -51,7 +51,7 @@ class BayesianCP(FactorRegressor):
     tol : float, default 1e-3
         Sweeps stop when the bound changes over two of them by less than this share of itself, or of the number of rows
         if that is more.
-    n_init : int, default 3
+    n_init : int, default 1
         Starts of the sweeps; each gets ten, then the one with the highest bound goes on.
     learn_hyperparameters : bool, default True
         Whether the columns' variances are learned; else they are one, and 0.01 for what labels share.
@@ -106,7 +106,7 @@ class BayesianCP(FactorRegressor):
 
     def __init__(
         self,
-        rank: int | Sequence[int] = 8,
+        rank: int | Sequence[int] = 20,
         axes: Sequence[Axis] | None = None,
         *,
         likelihood: str | Likelihood = "gaussian",
@@ -117,7 +117,7 @@ class BayesianCP(FactorRegressor):
         calibration: float | Literal["auto"] = "auto",
         max_iter: int = 200,
         tol: float = 1e-3,
-        n_init: int = 3,
+        n_init: int = 1,
         learn_hyperparameters: bool = True,
         n_steps: int = 1000,
         learning_rate: float = 0.01,
@@ -186,7 +186,7 @@ class BayesianTucker(FactorRegressor):
     tol : float, default 1e-3
         Sweeps stop when the bound changes over two of them by less than this share of itself, or of the number of rows
         if that is more.
-    n_init : int, default 3
+    n_init : int, default 1
         Starts of the sweeps; each gets ten, then the one with the highest bound goes on.
     learn_hyperparameters : bool, default True
         Whether the columns' variances are learned; else they are one, and 0.01 for what labels share.
@@ -247,7 +247,7 @@ class BayesianTucker(FactorRegressor):
         calibration: float | Literal["auto"] = "auto",
         max_iter: int = 200,
         tol: float = 1e-3,
-        n_init: int = 3,
+        n_init: int = 1,
         learn_hyperparameters: bool = True,
         n_steps: int = 1000,
         learning_rate: float = 0.01,
