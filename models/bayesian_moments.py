@@ -85,7 +85,7 @@ def tucker_moments(
 
 def tucker_values(factors: Sequence[Tensor], core: Tensor) -> Tensor:
     """Entries (n,) of a Tucker tensor with factors (n, R_k) and a core (R_1, …, R_K)."""
-    found = factors[0] @ core.flatten(1)  # (n, R_2 … R_K)
+    found = factors[0] @ core.reshape(len(core), -1)  # (n, R_2 … R_K)
     for factor in factors[1:]:
         found = torch.einsum("nrm,nr->nm", found.reshape(len(factor), factor.shape[1], -1), factor)
     return found.squeeze(1)

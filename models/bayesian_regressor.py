@@ -57,6 +57,7 @@ __all__ = ["FactorRegressor"]
 FloatArray = npt.NDArray[np.floating[Any]]
 PRUNE = 1e-3  # components that contribute less, in standard deviations of y, are dropped
 RELEVANT = 2e-2  # components that contribute more count for the effective rank
+DECAY = 0.01  # of the learning rate, from the first step to the last: what a guide's draws leave of noise goes with it
 SHOW_AFTER = 1.0  # seconds before a progress bar appears
 
 
@@ -225,7 +226,8 @@ class FactorRegressor(TensorRegressor, ABC):
         checkpoints: Checkpoints | None,
     ) -> Tensor:
         """Variational inference that starts from message passing; the components' relevance, (R,)."""
-        seed = int(torch.randint(2**62, (1,), generator=generator))
+        # From a copy: sweeps are those of guide="rows" with the same seed, if no rows are held out.
+        seed = int(torch.randint(2**62, (1,), generator=torch.Generator().set_state(generator.get_state())))
         held = uniform(table.key, seed) < held_out_share(self.calibration, self._likelihood, table, comm)
         calibrating = bool(comm.sum(held.sum()[None].double()) > 0)
         fitted = self._sweep(rows, table.take(~held), comm, generator, 0.0, None)
@@ -244,7 +246,7 @@ class FactorRegressor(TensorRegressor, ABC):
                 bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
                 bar.update()
 
-            settings |= {"report": report}
+            settings |= {"report": report, "decay": DECAY}
             if calibrating:
                 found, _ = fit_guide(model, guide, start, table.take(~held), comm, n_steps=self.n_steps, **settings)
                 mixture = calibrate(self._likelihood, found, table.take(held), comm)

@@ -16,7 +16,7 @@ from probtensor.blocks import add_up
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm
 from probtensor.gaussian import standard_normal
-from probtensor.inference.variational import VariationalFit, fit_svi
+from probtensor.inference.variational import VariationalFit, fit_svi, load_pyro, seeded
 from probtensor.intake import Table
 from probtensor.likelihoods import Likelihood
 from probtensor.models.factor_posterior import FactorPosterior, RowPosterior
@@ -254,9 +254,15 @@ def fit_guide(
     size = sum(x.numel() for x in means.values())
     if guide == "full" and size > MAX_FULL:
         raise ValueError(f'guide: expected another than "full" for {size:,} numbers (at most {MAX_FULL:,}), got "full"')
-    first = infer.init_to_value(values=means)
     kind = auto.AutoMultivariateNormal if guide == "full" else auto.AutoLowRankMultivariateNormal
-    posterior = kind(program, init_loc_fn=first, init_scale=SURE)
+    posterior = kind(program, init_loc_fn=infer.init_to_value(values=means))
+    with load_pyro().get_param_store().scope(), seeded(0, 0, columns):
+        posterior(columns[0].new_zeros(1, len(model.sizes)), one.new_zeros(1), *one.new_ones(2, 1))  # makes parameters
+    # Independent at first, each number as sure as message passing is of it.
+    names = [x.replace("log_weight", "weight").replace("_", ".") for x in posterior.prototype_trace.stochastic_nodes]
+    spread = torch.cat([start[f"{name}.log_std"].exp().reshape(-1) for name in names])
+    nn = import_module("pyro.nn")
+    posterior.scale = nn.PyroParam(spread, posterior.scale_constraint)
     fitted = fit_svi(program, posterior, columns, **settings)
     drawn = fitted.draw(posterior, *columns, n_samples=DRAWS)
     drawn = {name: comm.broadcast(x.contiguous()) for name, x in drawn.items() if not name.startswith("_")}
