@@ -131,7 +131,10 @@ def fit_nuts(
             with seeded(random_state, chain, rows):
                 kernel = infer.NUTS(model, max_tree_depth=max_tree_depth, jit_compile=compiled, **settings)
                 sampler = infer.MCMC(kernel, n_samples, n_warmup, disable_progbar=True)
-                sampler.run(*rows)
+                with warnings.catch_warnings():
+                    if compiled:
+                        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)
+                    sampler.run(*rows)
                 found.append(sampler.get_samples())
                 n_divergent += sum(len(steps) for steps in sampler.diagnostics()["divergences"].values())
     draws = {name: torch.stack([one[name] for one in found]) for name in found[0]}

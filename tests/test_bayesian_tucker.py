@@ -246,3 +246,19 @@ def test_a_horseshoe_is_refused_for_tucker_and_a_full_guide_for_many_labels() ->
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_fits_on_several_ranks_are_the_serial_fits(run_mpi: RunMpi, n: int) -> None:
     assert run_mpi("bayesian_ranks.py", n, timeout=200).stdout == f"ok on {n}\n"
+
+
+def test_the_model_of_ones_own_in_the_docs_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bayesian.md").read_text(encoding="utf-8")
+    code = next(part.split("```")[0] for part in page.split("```python\n") if part.startswith("import pyro"))
+    rng = np.random.default_rng(0)
+    positions = torch.from_numpy(np.stack([rng.integers(0, n, 1000) for n in (20, 30)], axis=1))
+    logits = (draws(20, 1)[positions[:, 0]] * draws(30, 1, seed=1)[positions[:, 1]]).squeeze(1)
+    trials = torch.full((1000,), 5.0)
+    successes = torch.binomial(trials, torch.sigmoid(logits).float(), generator=torch.Generator().manual_seed(0))
+    names: dict[str, Any] = {"positions": positions, "trials": trials, "successes": successes}
+    exec(code, names)
+    found = names["draws"]
+    assert found["users"].shape == (50, 20, 2)
+    predicted = (found["users"][:, positions[:, 0]] * found["films"][:, positions[:, 1]]).sum(2).mean(0)
+    assert np.corrcoef(predicted, logits)[0, 1] > 0.7
