@@ -2,6 +2,7 @@
 
 from benchmarks import (
     adapter_commands,
+    bayesian_commands,
     classical_commands,
     completion_commands,
     finetune_commands,
@@ -13,6 +14,7 @@ from benchmarks.commands import app
 
 __all__ = [
     "adapter_commands",
+    "bayesian_commands",
     "classical_commands",
     "completion_commands",
     "finetune_commands",

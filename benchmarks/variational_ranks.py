@@ -1,4 +1,4 @@
-"""Steps of variational inference on several MPI ranks; started under the launcher by `python -m benchmarks svi-ranks`."""
+"""Steps of variational inference on several MPI ranks; `python -m benchmarks svi-ranks` starts it under a launcher."""
 
 import json
 import statistics
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -67,7 +68,7 @@ def main() -> None:
         report=lambda step, bound: times.append(time.perf_counter()),
     )
     if comm.is_root:
-        print(json.dumps(statistics.median(b - a for a, b in zip(times[1:], times[2:], strict=False))))
+        print(json.dumps(statistics.median(b - a for a, b in pairwise(times[1:]))))
 
 
 if __name__ == "__main__":
