@@ -31,6 +31,8 @@ from typing import NoReturn, TypeVar, cast, final
 import torch
 from torch import Tensor
 
+__all__ = ["Comm", "Serial", "abort_on_error", "world"]
+
 Result = TypeVar("Result")
 
 _SUMMABLE = (torch.float64, torch.float32, torch.int64)

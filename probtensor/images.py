@@ -113,7 +113,7 @@ def inpaint(
     image : array (height, width) of float
         NaN marks a missing pixel. It is not changed.
     estimator : object with ``fit(Y)`` and ``reconstruct(Y)``
-        As for :func:`denoise`; rows of Y hold NaN where pixels are missing.
+        As for `denoise`; rows of Y hold NaN where pixels are missing.
     patch_size : two int, default (8, 8)
         Height and width of a patch. Every missing pixel must lie in a patch with an observed one.
     n_train : int, default 20000
@@ -122,7 +122,7 @@ def inpaint(
     keep_observed : bool, default True
         Return observed pixels as they are. False returns their reconstruction: less noise.
     weights, batch_size, random_state
-        As for :func:`denoise`.
+        As for `denoise`.
 
     Returns
     -------
@@ -131,7 +131,7 @@ def inpaint(
     Raises
     ------
     ValueError
-        As :func:`denoise`, and if a hole is wider than the patches.
+        As `denoise`, and if a hole is wider than the patches.
     """
     pixels = _grey(image)
     filled = _restore(pixels, estimator, patch_size, n_train, weights, batch_size, random_state)
