@@ -132,6 +132,16 @@ def inpaint(
     ------
     ValueError
         As `denoise`, and if a hole is wider than the patches.
+
+    Examples
+    --------
+    >>> from probtensor.models import GSC
+    >>> image = np.kron(np.eye(4), np.full((4, 4), 100.0))
+    >>> holes = np.random.default_rng(0).random(image.shape) < 0.3
+    >>> model = GSC(n_components=2, random_state=0, progress=False, max_iter=20, renewals=0)
+    >>> filled = inpaint(np.where(holes, np.nan, image), model, (4, 4))
+    >>> bool(np.isfinite(filled).all()), bool((filled[~holes] == image[~holes]).all())
+    (True, True)
     """
     pixels = _grey(image)
     filled = _restore(pixels, estimator, patch_size, n_train, weights, batch_size, random_state)

@@ -139,7 +139,6 @@ def _printed(text: str) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Fill the navigation: all notebooks, all result tables, and the pages that are expected only where they exist."""
-
     outside = ["tutorials/index.md", *(page for page in sources() if page != "benchmarks/index.md")]
 
     def pruned(items: list[Any]) -> list[Any]:

@@ -43,12 +43,11 @@ FAMILIES = {
     "data": Family(
         "Data and axes",
         "What leads to `X` and `y`, what a column means, and how a fitted model is read again.",
-        _of(
-            "probtensor",
-            *("from_dense", "from_xarray", "to_xarray", "read_table", "read_tns", "read_shard"),
-            *("ContinuousAxis", "CategoricalAxis", "Observations", "load"),
-        )
-        + ("probtensor.datasets",),
+        (
+            *_of("probtensor", "from_dense", "from_xarray", "to_xarray", "read_table", "read_tns", "read_shard"),
+            *_of("probtensor", "ContinuousAxis", "CategoricalAxis", "Observations", "load"),
+            "probtensor.datasets",
+        ),
     ),
     "kernels": Family(
         "Kernels",
@@ -58,7 +57,7 @@ FAMILIES = {
     "functional": Family(
         "FunBaT",
         "Functional Bayesian Tucker and CP: [the mathematics](../models/funbat.md).",
-        _of("probtensor.models", "FunBaT") + ("probtensor.models.functional_pyro",),
+        (*_of("probtensor.models", "FunBaT"), "probtensor.models.functional_pyro"),
     ),
     "likelihoods": Family(
         "Likelihoods and predictive distributions",
@@ -73,8 +72,10 @@ FAMILIES = {
     "sparse": Family(
         "Sparse coding and mixtures",
         "Points made of few components: [in use](../sparse_coding.md), [the mathematics](../models/sparse_coding.md).",
-        _of("probtensor.models", "BSC", "TSC", "DSC", "GSC", "MCA", "MMCA", "NoisyOR", "MoG", "MoP")
-        + ("probtensor.images",),
+        (
+            *_of("probtensor.models", "BSC", "TSC", "DSC", "GSC", "MCA", "MMCA", "NoisyOR", "MoG", "MoP"),
+            "probtensor.images",
+        ),
     ),
     "adapters": Family(
         "Adapters",
