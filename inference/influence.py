@@ -164,8 +164,6 @@ class GaussNewton:
 
     Examples
     --------
-    For a linear model and small damping, the scores are those of leaving a row out, to first order:
-
     >>> module = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
     >>> x = torch.arange(6.0)[:, None]
     >>> scores = influence(module, (x, x[:, 0]), (x[:2], x[:2, 0]), preconditioner=GaussNewton(1e-6))

@@ -61,7 +61,7 @@ FAMILIES = {
     ),
     "likelihoods": Family(
         "Likelihoods and predictive distributions",
-        "How values scatter around what a model says, and what `predict_dist` returns.",
+        "How values scatter around what a model says, and what `predictive` returns.",
         ("probtensor.likelihoods", "probtensor.predictive"),
     ),
     "completion": Family(
@@ -74,6 +74,7 @@ FAMILIES = {
         "Points made of few components: [in use](../sparse_coding.md), [the mathematics](../models/sparse_coding.md).",
         (
             *_of("probtensor.models", "BSC", "TSC", "DSC", "GSC", "MCA", "MMCA", "NoisyOR", "MoG", "MoP"),
+            *_of("probtensor.models.sparse_coding", "SparseCoder"),
             "probtensor.images",
         ),
     ),
@@ -113,13 +114,17 @@ FAMILIES = {
 
 
 def public_names(module: str) -> list[str]:
-    """The names in ``__all__`` of a module, read from its source."""
+    """The names in ``__all__`` of a module, read from its source; constants are left out."""
     path = ROOT.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
-            return list(ast.literal_eval(node.value))
-    raise ValueError(f"{module} has no __all__")
+    assigned = {
+        node.targets[0].id: node.value
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    if "__all__" not in assigned:
+        raise ValueError(f"{module} has no __all__")
+    return [name for name in ast.literal_eval(assigned["__all__"]) if name not in assigned]
 
 
 def entries(family: Family) -> list[tuple[str, list[str]]]:
