@@ -1,4 +1,4 @@
-"""Every public name has a docstring, an example that runs, and an entry in the reference; the site's own examples run."""
+"""Every public name has a docstring, an example that runs and an entry in the reference; the how-to pages run too."""
 
 from __future__ import annotations
 
