@@ -55,7 +55,7 @@ class BSC(SparseCoder):
     ----------
     prior_ : float
         Probability ``pi`` of a cause to be active.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
@@ -160,7 +160,7 @@ class TSC(SparseCoder):
     ----------
     prior_ : float
         Probability ``pi`` of a cause not to be 0.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
@@ -272,7 +272,7 @@ class DSC(SparseCoder):
     ----------
     prior_ : ndarray, shape (1 + V,)
         Probability of a cause to be 0, then of each of `values`.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------

@@ -61,7 +61,7 @@ class GSC(SparseCoder):
         ``mu``; after `fit`, slabs have a mean square of one, and the dictionary has the scale.
     slab_covariance_ : ndarray, shape (H,) or (H, H)
         ``Psi``: variances, or the whole covariance.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------

@@ -56,7 +56,7 @@ class MCA(SparseCoder):
     ----------
     prior_ : float
         Probability ``pi`` of a cause to be active.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
@@ -168,7 +168,7 @@ class MMCA(SparseCoder):
     ----------
     prior_ : float
         Probability ``pi`` of a cause to be active.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
