@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from probtensor.models import FLoRAConfig, inject_adapters
 
-__all__ = ["LAYERS", "adapter_lines", "saved_bytes"]
+__all__ = ["LAYERS", "Layer", "adapter_lines", "saved_bytes", "step_seconds"]
 
 TARGET = 1.4  # times the frozen layer
 
@@ -102,7 +102,7 @@ def adapter_lines(rank: int, kernel_rank: int, repeats: int, layers: Sequence[La
         times: list[list[float]] = [[], [], []]
         for turn in range(repeats + 2):
             for module, kept in zip(modules, times, strict=True):
-                seconds = _step(module, x)
+                seconds = step_seconds(module, x)
                 if turn > 1:
                     kept.append(seconds)
         first, *others = (statistics.median(kept) for kept in times)
@@ -119,7 +119,7 @@ def adapter_lines(rank: int, kernel_rank: int, repeats: int, layers: Sequence[La
     return [*lines, "", f"Target missed: {'; '.join(missed) or 'nowhere'}."]
 
 
-def _step(module: nn.Module, x: Tensor) -> float:
+def step_seconds(module: nn.Module, x: Tensor) -> float:
     """CPU seconds of forward and backward on one thread, gradients of earlier steps dropped."""
     x.grad = None
     for parameter in module.parameters():

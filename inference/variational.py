@@ -37,7 +37,7 @@ from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm, Serial
 from probtensor.resources import is_integer, is_number, threads_for
 
-__all__ = ["PLATE", "VariationalFit", "fit_svi"]
+__all__ = ["PLATE", "VariationalFit", "fit_svi", "load_pyro", "seeded"]
 
 PLATE = "rows"
 
@@ -83,7 +83,7 @@ class VariationalFit:
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Within this block Pyro's store holds the fitted parameters, and nothing else."""
-        pyro = _pyro()
+        pyro = load_pyro()
         with pyro.get_param_store().scope(self._store):
             yield
 
@@ -102,9 +102,9 @@ class VariationalFit:
         -------
         dict of str to Tensor, shape (n_samples, …)
         """
-        pyro = _pyro()
+        pyro = load_pyro()
         draws: dict[str, list[Tensor]] = {}
-        with _seeded(random_state, 0, rows), self.scope(), torch.no_grad():
+        with seeded(random_state, 0, rows), self.scope(), torch.no_grad():
             for _ in range(n_samples):
                 for name, site in pyro.poutine.trace(guide).get_trace(*rows).nodes.items():
                     if site["type"] == "sample" and not site["is_observed"]:
@@ -200,11 +200,11 @@ def fit_svi(
     comm = Serial() if comm is None else comm
     _check(rows, batch_size, n_steps, learning_rate, decay, tol, window)
     shared = _Rows(rows, keys, batch_size, comm)
-    pyro = _pyro()
+    pyro = load_pyro()
     objective = pyro.infer.Trace_ELBO() if elbo is None else elbo
     with pyro.get_param_store().scope(), threads_for(len(rows[0])):
         first, scale = shared.batch(0)
-        with _seeded(random_state, 0, rows), _Scaled(pyro, scale):
+        with seeded(random_state, 0, rows), _Scaled(pyro, scale):
             objective.differentiable_loss(model, guide, *first)  # parameters come to be
         free = dict(sorted(pyro.get_param_store().named_parameters()))
         _agree(free, comm)
@@ -218,7 +218,7 @@ def fit_svi(
         while len(history) < n_steps and not converged:
             step = len(history)
             batch, scale = shared.batch(step)
-            with _seeded(random_state, step + 1, rows), _Scaled(pyro, scale):
+            with seeded(random_state, step + 1, rows), _Scaled(pyro, scale):
                 loss = objective.differentiable_loss(model, guide, *batch)
             if len(pyro.get_param_store()) != len(free):
                 new = sorted(set(dict(pyro.get_param_store().named_parameters())) - set(free))
@@ -301,7 +301,7 @@ def _Scaled(pyro: Any, scale: float) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(random_state: int, step: int, rows: Sequence[Tensor]) -> Iterator[None]:
+def seeded(random_state: int, step: int, rows: Sequence[Tensor]) -> Iterator[None]:
     """Global generators with a seed of their own, and afterwards as they were."""
     devices = sorted({x.device.index or 0 for x in rows if x.device.type == "cuda"})
     seed = int(mixed(np.array([step]), int(random_state))[0]) % 2**32
@@ -386,7 +386,7 @@ def _check(
         raise ValueError(f"tol: expected a number of at least 0, got {tol!r}")
 
 
-def _pyro() -> Any:
+def load_pyro() -> Any:
     """Pyro, which is typed in part only."""
     import_module("pyro.infer")
     return import_module("pyro")

@@ -11,6 +11,8 @@ from probtensor.models.additive_coders import DSC as DSC
 from probtensor.models.additive_coders import TSC as TSC
 from probtensor.models.alternating import AlternatingMinimization as AlternatingMinimization
 from probtensor.models.augmentation import DAIN as DAIN
+from probtensor.models.bayesian_tucker import BayesianCP as BayesianCP
+from probtensor.models.bayesian_tucker import BayesianTucker as BayesianTucker
 from probtensor.models.completion import NeuralTensorCompletion as NeuralTensorCompletion
 from probtensor.models.flora import FLoRAConfig as FLoRAConfig
 from probtensor.models.flora import inject_adapters as inject_adapters
@@ -33,6 +35,8 @@ __all__ = [
     "MMCA",
     "TSC",
     "AlternatingMinimization",
+    "BayesianCP",
+    "BayesianTucker",
     "FLoRAConfig",
     "FunBaT",
     "MoG",

@@ -48,9 +48,10 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
     """Completion of a tensor by effects of labels and their combinations, factors, and ensembles of networks.
 
     Candidates from plain to rich are fitted side by side: effects of labels, pairs and triples of labels, shrunk in
-    closed form; products of factors of pairs of modes, by alternating ridge regression (real values alone); effects and
-    factors; effects, factors and a network that has the effects among its inputs; and a network with biases and factors
-    of its own. What is trained is an ensemble whose members leave out a part of the rows each, and stop by it.
+    closed form; products of factors of pairs of modes, and of all modes, by alternating ridge regression (real values
+    alone); effects and factors by gradients; effects, factors and a network that has the effects among its inputs; and
+    a network with biases and factors of its own. What is trained is an ensemble whose members leave out a part of the
+    rows each, and stop by it.
     Predictions of rows by what has not seen them choose the candidates' weights and the width of intervals. So one
     setting serves tables in which labels add up, and others in which they interact.
 

@@ -14,6 +14,7 @@ from probtensor.models.completion_fit import Fitted
 from probtensor.models.completion_groups import Group
 from probtensor.models.completion_network import Kind
 from probtensor.models.completion_pairs import PairFactors
+from probtensor.models.completion_products import FloatArray, Products
 from probtensor.models.completion_side import Side
 from probtensor.models.completion_stacking import Spread
 
@@ -39,6 +40,9 @@ def fitted_to_state(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if fitted.pairs is not None:
         arrays |= {f"single.{k}": torch.from_numpy(effect) for k, effect in enumerate(fitted.pairs.singles)}
         arrays |= {f"factor.{p}": torch.from_numpy(factor) for p, factor in enumerate(fitted.pairs.factors)}
+    if fitted.products is not None:
+        arrays |= {f"of_label.{k}": torch.from_numpy(effect) for k, effect in enumerate(fitted.products.effects)}
+        arrays |= {f"of_all.{k}": torch.from_numpy(factor) for k, factor in enumerate(fitted.products.factors)}
     groups = [
         [group.name, list(group.kind), group.on_effects, list(group.best_epoch), len(group.checkpoints)]
         for group in fitted.groups
@@ -54,6 +58,7 @@ def fitted_to_state(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "likelihood": fitted.likelihood,
         "spread": None if fitted.spread is None else list(fitted.spread),
         "pairs": None if fitted.pairs is None else json.loads(json.dumps(fitted.pairs[:3])),
+        "products": None if fitted.products is None else fitted.products.ridge,
     }
 
 
@@ -83,16 +88,19 @@ def fitted_from_state(arrays: dict[str, Tensor], meta: dict[str, Any], device: t
         groups.append(Group(name, kind, on_effects, under(f"group.{g}."), tuple(best_epoch), history, checkpoints))
     mixture = ScaleMixture(meta["inflation"], arrays["scales"], arrays["scale_weights"])
     spread = None if meta["spread"] is None else Spread(*meta["spread"])
-    pairs = None
+
+    def tables(*names: str) -> list[list[FloatArray]]:
+        numbers = [range(sum(key.startswith(f"{name}.") for key in arrays)) for name in names]
+        return [[arrays[f"{name}.{i}"].numpy() for i in of] for name, of in zip(names, numbers, strict=True)]
+
+    pairs, products = None, None
     if meta["pairs"] is not None:
         chosen, strengths, mean = meta["pairs"]
-        tables = [
-            [arrays[f"{name}.{i}"].numpy() for i in range(sum(key.startswith(f"{name}.") for key in arrays))]
-            for name in ("single", "factor")
-        ]
-        pairs = PairFactors(tuple((a, b) for a, b in chosen), tuple(strengths), mean, *tables)
+        pairs = PairFactors(tuple((a, b) for a, b in chosen), tuple(strengths), mean, *tables("single", "factor"))
+    if meta.get("products") is not None:
+        products = Products(meta["products"], *tables("of_label", "of_all"))
     weights = arrays["weights"].numpy()
-    return Fitted(effects, groups, weights, mixture, meta["n_members"], meta["likelihood"], spread, pairs)
+    return Fitted(effects, groups, weights, mixture, meta["n_members"], meta["likelihood"], spread, pairs, products)
 
 
 def sides_to_state(sides: Sequence[Side]) -> tuple[dict[str, Tensor], dict[str, Any]]:

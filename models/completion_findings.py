@@ -103,7 +103,8 @@ class Findings:
             for group in self._fitted.groups
             for decay in decays[: len(group.best_epoch) // M]
         ]
-        return ["effects"] * single + ["factors of pairs"] * (self._fitted.pairs is not None) + names
+        products = {"factors of pairs": self._fitted.pairs, "factors of all modes": self._fitted.products}
+        return ["effects"] * single + [name for name, found in products.items() if found is not None] + names
 
     @abstractmethod
     def _settings(self) -> Settings:

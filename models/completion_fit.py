@@ -37,6 +37,7 @@ from probtensor.models.completion_groups import Data, Group, Keeper, head_featur
 from probtensor.models.completion_links import curvature, means
 from probtensor.models.completion_network import Kind, predict
 from probtensor.models.completion_pairs import PairFactors, choose_pairs, fit_pairs
+from probtensor.models.completion_products import Products, choose_products, fit_products
 from probtensor.models.completion_settings import Settings
 from probtensor.models.completion_stacking import HeldOut, Spread
 
@@ -60,8 +61,8 @@ class Fitted(NamedTuple):
         Of all rows; without biases, for the width of intervals only.
     groups : list of Group
     weights : ndarray, shape (C,)
-        Of the effects if there are biases, of factors of pairs if there are any, then of each group's weight decays;
-        they sum to one.
+        Of the effects if there are biases, of factors of pairs and of products of all modes if there are any, then of
+        each group's weight decays; they sum to one.
     mixture : ScaleMixture
         Of Gaussian values' residuals.
     n_members : int
@@ -69,7 +70,9 @@ class Fitted(NamedTuple):
     spread : Spread, or None
         Of other values.
     pairs : PairFactors, or None
-        Where products of factors helped.
+        Where products of factors of two modes helped.
+    products : Products, or None
+        Where products of factors of all modes helped; of three modes or more.
     """
 
     effects: Effects
@@ -80,6 +83,7 @@ class Fitted(NamedTuple):
     likelihood: str = "gaussian"
     spread: Spread | None = None
     pairs: PairFactors | None = None
+    products: Products | None = None
 
 
 def fit_completion(
@@ -153,10 +157,12 @@ def fit_completion(
             held_out = left_out | (inner == g)
             pieces[f, held_out & ~left_out] = parts(held_out)[0][~left_out[held_out]]
     candidates = [plain] if settings.biases else []
-    pairs = None
+    pairs, products = None, None
     if settings.biases and settings.interactions and settings.rank and gaussian and not small:
         pairs, paired = _pairs(data, unseen, comm, seed)
         candidates += [] if pairs is None else [paired]
+        products, multiplied = _products(data, unseen, comm, seed)
+        candidates += [] if products is None else [multiplied]
     groups = []
     if not small:
         for number, (name, on_effects, rank, head) in enumerate(kinds_of(settings, len(data.sizes))):
@@ -185,7 +191,7 @@ def fit_completion(
     chosen, known = tuple(subsets[s] for s in live), [part.known for part in cells]
     effects = Effects(chosen, sizes, known, found, totals, tuple(strengths), noise)
     weights, mixture, scatter = held_out.combine(noise, likelihood)
-    return Fitted(effects, groups, weights, mixture, M, likelihood, scatter, pairs)
+    return Fitted(effects, groups, weights, mixture, M, likelihood, scatter, pairs, products)
 
 
 def _pairs(data: Data, unseen: list[Mask], comm: Comm, seed: int) -> tuple[PairFactors | None, FloatArray]:
@@ -203,6 +209,24 @@ def _pairs(data: Data, unseen: list[Mask], comm: Comm, seed: int) -> tuple[PairF
 
     for left_out in unseen:
         predicted[left_out] = fit(data.own & ~left_out).predict(labels[left_out])
+    return fit(data.own), predicted
+
+
+def _products(data: Data, unseen: list[Mask], comm: Comm, seed: int) -> tuple[Products | None, FloatArray]:
+    """Products of factors of all modes, if they help, and what those of other rows predict of rows held out, (n,)."""
+    predicted = np.zeros(len(data.values))
+    if len(data.sizes) < 3:
+        return None, predicted
+    given, number = (data.labels, data.sizes, data.values), seed % 2**32
+    ridge = choose_products(*given, data.weight, unseen[0], number, comm)
+    if ridge is None:
+        return None, predicted
+
+    def fit(rows: Mask) -> Products:
+        return fit_products(*given, np.where(rows, data.weight, 0.0), ridge, number, comm)
+
+    for left_out in unseen:
+        predicted[left_out] = fit(data.own & ~left_out).predict(data.labels[left_out])
     return fit(data.own), predicted
 
 
@@ -246,6 +270,9 @@ def moments(
     if fitted.pairs is not None:
         candidates.append(fitted.pairs.predict(labels))
         strange = np.maximum(strange, fitted.pairs.strange(labels))
+    if fitted.products is not None:
+        candidates.append(fitted.products.predict(labels))
+        strange = np.maximum(strange, fitted.products.strange(labels))
     for group in fitted.groups:
         device = group.parameters["bias"].device
         features = head_features(group.kind, group.on_effects, pieces[None].astype(np.float32), smooth, device)

@@ -13,10 +13,13 @@ from probtensor.likelihoods import Bernoulli, Likelihood, NegativeBinomial, Pois
 from probtensor.models.functional_state import Factor, State
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.observation import Observation, SeenCells
+from probtensor.ordinal import Ordinal
 
 __all__ = ["likelihood_from_state", "likelihood_to_state", "read_posterior", "write_posterior"]
 
-KINDS: dict[str, type[Likelihood]] = {kind.name: kind for kind in (StudentT, Poisson, NegativeBinomial, Bernoulli)}
+KINDS: dict[str, type[Likelihood]] = {
+    kind.name: kind for kind in (StudentT, Poisson, NegativeBinomial, Bernoulli, Ordinal)
+}
 
 
 def likelihood_to_state(likelihood: Likelihood) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Where message passing starts: smoothed means by mode as main effects, draws from the prior for the rest."""
 
+import math
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Literal
 
 import torch
@@ -10,7 +12,9 @@ from probtensor.inference.kalman import Sites
 from probtensor.models.functional_state import Rows
 from probtensor.models.latent_functions import LatentFunctions
 
-__all__ = ["local_start", "no_sites", "start_columns"]
+__all__ = ["local_start", "no_sites", "paired", "start_columns"]
+
+NEAR_ONE = 0.1  # standard deviation of a factor's rows about 1 where its mode is not of the pair
 
 
 def local_start(functions: Sequence[LatentFunctions], rows: Rows) -> Tensor:
@@ -86,6 +90,41 @@ def start_columns(
                 mean[:, r] = 0.5 * draw[:, r] + (effects[k] if r == place else 1.0)
         columns.append(mean)
     return columns
+
+
+def paired(f: LatentFunctions, mode: int, mean: Tensor, hyper: Tensor, free: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """A start at which components are interactions of two modes each, in turn, and then one of all modes.
+
+    In the other modes a component is one, about: what labels have in common is then there to be found, where a factor
+    of mean zero would hide what two modes share behind the signs of a third.
+
+    Parameters
+    ----------
+    f : LatentFunctions
+    mode : int
+    mean : Tensor, shape (T, R)
+        Columns to start from.
+    hyper : Tensor, shape (2, R_free)
+        Logarithms of the variance of rows and of that of their mean, as `ExchangeableRows` has them.
+    free : sequence of Tensor, shape (R,), bool
+        Which columns are latent functions, by mode.
+
+    Returns
+    -------
+    mean, hyper : Tensor
+        New ones.
+    """
+    K = len(free)
+    of_all = torch.stack(list(free)).all(0)
+    pairs = [*combinations(range(K), 2), tuple(range(K))] if K > 2 else [tuple(range(K))]
+    column = of_all.nonzero().squeeze(-1).tolist()
+    place = free[mode].long().cumsum(0) - 1
+    mean, hyper = mean.clone(), hyper.clone()
+    for r, c in enumerate(column):
+        if mode not in pairs[r % len(pairs)]:
+            mean[:, c] = 1 + NEAR_ONE * mean[:, c]
+            hyper[:, place[c]] = hyper.new_tensor([2 * math.log(NEAR_ONE), 0.0])
+    return mean, hyper
 
 
 def no_sites(size: int, hyper: Tensor) -> Sites:

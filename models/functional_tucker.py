@@ -39,7 +39,7 @@ from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
 from probtensor.likelihoods import Likelihood, StudentT
 from probtensor.models.functional_mode import Mode
-from probtensor.models.functional_start import local_start, no_sites, start_columns
+from probtensor.models.functional_start import local_start, no_sites, paired, start_columns
 from probtensor.models.functional_state import Block, Factor, Rows, State, expected_log_prob
 from probtensor.models.latent_functions import GaussianProcess, Given, LatentFunctions, Moments, log_variance_prior
 
@@ -84,6 +84,8 @@ class FunctionalTucker:
     relevance_prior : tuple of float
         Shape and rate of the gamma prior on one over each function's variance: with a shape above 0, functions that
         explain nothing vanish.
+    pairs : bool
+        Whether CP components start as interactions of two modes each, in turn, with every one of all modes among them.
     """
 
     functions: tuple[LatentFunctions, ...]
@@ -96,6 +98,7 @@ class FunctionalTucker:
     likelihood: Likelihood | None = None
     offset: float = 0.0
     relevance_prior: tuple[float, float] = (0.0, 0.0)
+    pairs: bool = False
 
     @cached_property
     def modes(self) -> tuple[Mode, ...]:
@@ -124,10 +127,12 @@ class FunctionalTucker:
         n_rows, square = statistics[0], statistics[1]
         columns = start_columns(self.functions, self.free, self.form, statistics, generator)
         factors = []
-        for f, mean, free in zip(self.functions, columns, self.free, strict=True):
+        for mode, (f, mean, free) in enumerate(zip(self.functions, columns, self.free, strict=True)):
             n_functions = int(free.sum())
             # Within their bounds: the optimiser would move them there first, and the bound could fall.
             hyper = torch.clamp(f.initial_hyperparameters(n_functions), *f.bounds(n_functions))
+            if self.pairs and self.form == "cp":
+                mean, hyper = paired(f, mode, mean, hyper, self.free)
             nothing = no_sites(f.size, hyper)
             posterior, _ = f.posterior(hyper, nothing)
             zero = torch.zeros_like(square)

@@ -24,6 +24,7 @@ __all__ = [
     "White",
     "__version__",
     "comm",
+    "components",
     "datasets",
     "from_dense",
     "from_xarray",
@@ -41,6 +42,7 @@ __all__ = [
 
 if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors; without it they would believe any name
     from probtensor import comm as comm
+    from probtensor import components as components
     from probtensor import datasets as datasets
     from probtensor import images as images
     from probtensor import inference as inference
@@ -71,7 +73,7 @@ else:
         **dict.fromkeys(("from_dense", "from_xarray", "read_table", "read_tns", "to_xarray"), "probtensor.readers"),
         "read_shard": "probtensor.shards",
     }
-    _SUBMODULES = ("comm", "datasets", "images", "inference", "metrics", "models", "plotting")
+    _SUBMODULES = ("comm", "components", "datasets", "images", "inference", "metrics", "models", "plotting")
 
     def __getattr__(name):
         if name in _SUBMODULES:

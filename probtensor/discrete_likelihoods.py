@@ -16,7 +16,7 @@ from probtensor.discrete_predictive import LOG_MAX_COUNT, BernoulliPredictive, C
 from probtensor.likelihood_base import Entries, Likelihood, refuse, to_numpy
 from probtensor.predictive_base import normal_nodes
 
-__all__ = ["Bernoulli", "NegativeBinomial", "Poisson"]
+__all__ = ["Bernoulli", "NegativeBinomial", "Poisson", "expect"]
 
 RARE = 1e-6  # the least mean of counts, or probability, that an offset stands for
 
@@ -108,14 +108,14 @@ class NegativeBinomial(Likelihood):
         y, k = entries.value, (-log_parameters[0]).exp()
         x = mean + log_parameters[0]
         choose = torch.lgamma(y + k) - torch.lgamma(k) - torch.lgamma(y + 1)
-        return entries.count * (choose + y * x - (y + k) * _expect(_softplus, x, variance))
+        return entries.count * (choose + y * x - (y + k) * expect(_softplus, x, variance))
 
     def sites(self, log_parameters: Tensor, entries: Entries, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """From the derivatives ``y - (y+k) E sigmoid(x)`` and ``-(y+k) E sigmoid'(x)``."""
         trials = entries.count * (entries.value + (-log_parameters[0]).exp())
         x = mean + log_parameters[0]
-        precision = trials * _expect(_bell, x, variance)
-        slope = entries.count * entries.value - trials * _expect(torch.sigmoid, x, variance)
+        precision = trials * expect(_bell, x, variance)
+        slope = entries.count * entries.value - trials * expect(torch.sigmoid, x, variance)
         return precision, slope + precision * mean
 
     def predictive(self, log_parameters: Tensor, mean: Tensor, variance: Tensor) -> CountMixture:
@@ -153,20 +153,20 @@ class Bernoulli(Likelihood):
 
     def expected_log_prob(self, log_parameters: Tensor, entries: Entries, mean: Tensor, variance: Tensor) -> Tensor:
         """``y mean - E log(1 + exp f)``, (n,)."""
-        return entries.count * (entries.value * mean - _expect(_softplus, mean, variance))
+        return entries.count * (entries.value * mean - expect(_softplus, mean, variance))
 
     def sites(self, log_parameters: Tensor, entries: Entries, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """From the derivatives ``y - E sigmoid(f)`` and ``-E sigmoid'(f)``."""
-        precision = entries.count * _expect(_bell, mean, variance)
-        slope = entries.count * (entries.value - _expect(torch.sigmoid, mean, variance))
+        precision = entries.count * expect(_bell, mean, variance)
+        slope = entries.count * (entries.value - expect(torch.sigmoid, mean, variance))
         return precision, slope + precision * mean
 
     def predictive(self, log_parameters: Tensor, mean: Tensor, variance: Tensor) -> BernoulliPredictive:
         """1 with probability ``E sigmoid(f)``."""
-        return BernoulliPredictive(to_numpy(_expect(torch.sigmoid, mean, variance)).clip(0, 1))
+        return BernoulliPredictive(to_numpy(expect(torch.sigmoid, mean, variance)).clip(0, 1))
 
 
-def _expect(function: Callable[[Tensor], Tensor], mean: Tensor, variance: Tensor) -> Tensor:
+def expect(function: Callable[[Tensor], Tensor], mean: Tensor, variance: Tensor) -> Tensor:
     """``E function(f)``, (n,): node by node, so that no (n, nodes) array is held."""
     total, scale = torch.zeros_like(mean), variance.sqrt()
     for z, weight in zip(*(x.tolist() for x in normal_nodes()), strict=True):

@@ -6,18 +6,18 @@ a ``mask`` is given, where the mask is True. What the model says about the other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 from scipy.special import ndtr
 
+from probtensor.components import core_consistency, factor_match_score
 from probtensor.metrics_classes import expected_calibration_error, reliability_curve
 
 __all__ = [
     "calibration_curve",
+    "core_consistency",
     "coverage",
     "crps_gaussian",
     "expected_calibration_error",
@@ -263,78 +263,6 @@ def psnr(image: npt.ArrayLike, truth: npt.ArrayLike, peak: float = 255.0) -> flo
         raise ValueError("image: expected finite numbers, as in truth, wherever truth is not NaN")
     with np.errstate(divide="ignore"):
         return float(20.0 * np.log10(peak) - 10.0 * np.log10(np.mean(error**2)))
-
-
-def factor_match_score(
-    factors_a: Sequence[npt.ArrayLike], factors_b: Sequence[npt.ArrayLike]
-) -> tuple[float, npt.NDArray[np.intp]]:
-    """Similarity of two CP models, whatever the order, signs and scales of their components.
-
-    The similarity of two components is the product over the modes of the absolute cosine between their columns. The
-    components are paired so that the sum of similarities is greatest, and the score is the mean over the pairs.
-
-    Parameters
-    ----------
-    factors_a, factors_b : sequence of arrays (n_k, R)
-        One factor matrix a mode; sizes and rank R agree between the two models. A component with a zero column in
-        any mode adds nothing to its tensor: two such components are alike, and unlike every other one.
-
-    Returns
-    -------
-    score : float
-        Between 0 and 1; 1 when the components are the same up to order, sign and scale.
-    permutation : array (R,) of int
-        ``factors_b[k][:, permutation]`` lines up with ``factors_a[k]``.
-
-    Raises
-    ------
-    ValueError
-        If the lists are empty or differ in length, sizes or rank, or hold a value that is not finite.
-
-    Examples
-    --------
-    >>> a = [np.eye(3), np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])]
-    >>> order = [1, 2, 0]
-    >>> score, permutation = factor_match_score(a, [-2.0 * f[:, order] for f in a])
-    >>> round(score, 12), permutation.tolist()
-    (1.0, [2, 0, 1])
-    """
-    a = [_factor("factors_a", mode, factor) for mode, factor in enumerate(factors_a)]
-    b = [_factor("factors_b", mode, factor) for mode, factor in enumerate(factors_b)]
-    shapes_a, shapes_b = [f.shape for f in a], [f.shape for f in b]
-    if not a or len({shape[1] for shape in shapes_a}) != 1:
-        raise ValueError(f"factors_a: expected matrices with one number of columns (at least 1), got shapes {shapes_a}")
-    if shapes_a != shapes_b:
-        raise ValueError(f"factors_b: expected the shapes of factors_a, {shapes_a}, got {shapes_b}")
-
-    unit_a, unit_b = [_unit_columns(f) for f in a], [_unit_columns(f) for f in b]
-    rank = shapes_a[0][1]
-    similarity = np.ones((rank, rank))
-    for u, v in zip(unit_a, unit_b, strict=True):
-        similarity *= np.abs(u.T @ v)
-    null_a, null_b = (np.any([~np.any(f, axis=0) for f in units], axis=0) for units in (unit_a, unit_b))
-    similarity[np.ix_(null_a, null_b)] = 1.0
-    _, permutation = linear_sum_assignment(similarity, maximize=True)
-    score = float(np.mean(np.minimum(similarity[np.arange(rank), permutation], 1.0)))
-    return score, np.asarray(permutation, dtype=np.intp)
-
-
-def _factor(argument: str, mode: int, factor: npt.ArrayLike) -> FloatArray:
-    """Return one factor matrix as float64, checked."""
-    matrix = np.asarray(factor, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.size == 0:
-        raise ValueError(f"{argument}[{mode}]: expected a matrix (n_k, R) with entries, got shape {matrix.shape}")
-    if not np.all(np.isfinite(matrix)):
-        raise ValueError(f"{argument}[{mode}]: expected finite numbers, got NaN or infinity")
-    return matrix
-
-
-def _unit_columns(factor: FloatArray) -> FloatArray:
-    """Scale columns to length one; zero columns stay zero, tiny and huge ones keep their angle."""
-    largest = np.max(np.abs(factor), axis=0)
-    scaled = factor / np.where(largest == 0.0, 1.0, largest)
-    unit: FloatArray = scaled / np.maximum(np.linalg.norm(scaled, axis=0), 1.0)
-    return unit
 
 
 def _observed(y: npt.ArrayLike, mask: npt.ArrayLike | None, **predictions: npt.ArrayLike) -> tuple[FloatArray, ...]:

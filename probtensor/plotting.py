@@ -22,6 +22,7 @@ from probtensor.metrics import calibration_curve
 from probtensor.plotting_classes import plot_reliability
 from probtensor.plotting_completion import plot_entity_importance, plot_validation
 from probtensor.plotting_learning import plot_bound, plot_learning
+from probtensor.plotting_ranks import plot_rank_choice
 from probtensor.plotting_sparse import plot_activations, plot_dictionary, plot_reconstruction
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "plot_factors",
     "plot_learning",
     "plot_predictions",
+    "plot_rank_choice",
     "plot_reconstruction",
     "plot_relevance",
     "plot_reliability",

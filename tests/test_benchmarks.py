@@ -12,6 +12,7 @@ import torch
 from scipy import integrate, stats
 
 from benchmarks import (
+    classical,
     completion,
     completion_peers,
     datamodels,
@@ -471,3 +472,24 @@ def test_the_published_update_is_its_formula():
     torch.nn.init.normal_(delta.core)
     expected = torch.einsum("abcd,ia,jb,kc,ld->ijkl", delta.core, *delta.factors)
     torch.testing.assert_close(delta(torch.ones(5, 4, 3, 3)), 1 + 4 * expected)
+
+
+def test_classical_decompositions_choose_their_ranks_inside_the_training_cells(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b, c = (rng.uniform(0.5, 1.5, size=(n, 1)) for n in (6, 5, 4))
+    X = pd.DataFrame(np.argwhere(np.ones((6, 5, 4))), columns=["a", "b", "c"])
+    y = (a[X["a"]] * b[X["b"]] * c[X["c"]])[:, 0]
+    seen = []
+    monkeypatch.setitem(classical.SETS, "small", lambda: (X, y))
+    monkeypatch.setitem(classical.RANKS, "small", ((1,), (1,)))
+    chosen = classical.choose_rank
+    monkeypatch.setattr(
+        classical, "choose_rank", lambda model, X, *rest, **more: seen.append(len(X)) or chosen(model, X, *rest, **more)
+    )
+    lines = classical.accuracy_lines(["small"], n_splits=2, folds=2)
+    assert seen == [108] * 6
+    errors = [float(line.split("|")[2]) for line in lines[5:]]
+    assert len(errors) == 4
+    assert max(errors[1:]) < 0.05 < errors[0]
+    assert [line.split("|")[4].strip() for line in lines[5:]] == ["-", "1 1", "1 1", "1 1"]
+    assert classical.consistency_lines(["small"], ranks=(1,))[-1] == "| small | 100.0 |"

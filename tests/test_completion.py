@@ -74,7 +74,7 @@ def test_candidates_have_weights_that_sum_to_one_and_epochs(fitted):
     assert next(iter(fitted.weights_)) == "effects"
     assert min(fitted.weights_.values()) >= 0
     assert sum(fitted.weights_.values()) == pytest.approx(1.0)
-    assert set(fitted.best_epochs_) == set(fitted.weights_) - {"effects", "factors of pairs"}
+    assert set(fitted.best_epochs_) == set(fitted.weights_) - {"effects", "factors of pairs", "factors of all modes"}
     assert all(len(epochs) == 5 for epochs in fitted.best_epochs_.values())
     assert ("mode0",) in fitted.strengths_
     assert 0.5 * NOISE < fitted.noise_std_ < 2

@@ -1,0 +1,104 @@
+"""What every posterior over the entries of a factorized tensor answers, and the one that message passing finds.
+
+`RowPosterior` is that of `probtensor.models.functional_tucker` with labels for coordinates: each row of a factor has a
+normal distribution with a full covariance, and what all labels share has one more.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probtensor.models.funbat_state import write_posterior
+from probtensor.models.functional_state import State
+from probtensor.models.functional_tucker import FunctionalTucker
+
+__all__ = ["FactorPosterior", "RowPosterior"]
+
+
+class FactorPosterior(ABC):
+    """A posterior over ``f``, the noise-free entries, and over factors. Positions are those of labels, -1 unknown."""
+
+    log_parameters: Tensor
+
+    @abstractmethod
+    def moments(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance (n,) of ``f``, offset included, at positions (n, K)."""
+
+    @abstractmethod
+    def draw(self, positions: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:
+        """Joint draws (n_samples, n) of ``f``, offset included."""
+
+    @abstractmethod
+    def factor(self, mode: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (m, R_k) of the rows of a mode's factor, main effects left out."""
+
+    @abstractmethod
+    def effect(self, mode: int, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance (m,) of a mode's main effect; None where the model has none."""
+
+    @abstractmethod
+    def core(self) -> Tensor | None:
+        """Mean of the Tucker core; None for CP."""
+
+    @abstractmethod
+    def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Arrays and JSON values."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the posterior is."""
+        return self.log_parameters.device
+
+
+@dataclass(frozen=True, eq=False)
+class RowPosterior(FactorPosterior):
+    """Posterior by message passing.
+
+    Attributes
+    ----------
+    model : FunctionalTucker
+        All its modes have exchangeable rows.
+    state : State
+    """
+
+    model: FunctionalTucker
+    state: State
+
+    @property
+    def log_parameters(self) -> Tensor:  # type: ignore[override]
+        """Logarithms of the likelihood's parameters, (P,)."""
+        return self.state.log_parameters
+
+    def moments(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102 - inherited
+        mean, variance = self.model.predict(self.state, list(positions.T))
+        return mean + self.model.offset, variance
+
+    def draw(self, positions: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+        return self.model.sample(self.state, list(positions.T), n_samples, generator) + self.model.offset
+
+    def factor(self, mode: int, labels: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        mean, covariance = self.model.functions_at(self.state, mode, labels)
+        std = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        kept = slice(None) if self.model.form == "tucker" else self._components
+        return mean[:, kept], std[:, kept]
+
+    def effect(self, mode: int, labels: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+        if self.model.form == "tucker" or self._components.stop == self.model.ranks[mode]:
+            return None
+        mean, covariance = self.model.functions_at(self.state, mode, labels)
+        return mean[:, -1], covariance[:, -1, -1]
+
+    def core(self) -> Tensor | None:  # noqa: D102
+        return None if self.state.core is None else self.state.core.mean.reshape(self.model.ranks)
+
+    @property
+    def _components(self) -> slice:
+        """Interactions of a CP model, which come before the main effects."""
+        return slice(0, int(torch.stack(list(self.model.free)).all(0).sum()))
+
+    def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:  # noqa: D102
+        arrays, meta = write_posterior(self.model, self.state, None)
+        return arrays, meta | {"posterior": "rows"}
