@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .NOTPARALLEL:
-.PHONY: help install demo test format-check lint types unit doctest notebooks format bench clean
+.PHONY: help install demo test format-check lint types unit doctest docs notebooks format bench clean
 
 help:
 	@echo "make demo     fit, score and draw the main example"
 	@echo "make test     all checks and tests"
+	@echo "make docs     the site, into site/"
 	@echo "make format   rewrite the code in the house style"
 	@echo "make bench    timings and accuracy against peers"
 	@echo "make clean    remove what the above created"
-	@echo "One stage of make test: make format-check | lint | types | unit | doctest | notebooks"
+	@echo "One stage of make test: make format-check | lint | types | unit | doctest | docs | notebooks"
 
 install: $(INSTALLED)
 
@@ -35,11 +36,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@$(BIN)/probtensor demo
 
-test: format-check lint types unit doctest notebooks
+test: format-check lint types unit doctest docs notebooks
 	@echo "== make test: all stages passed =="
 
 # One thread, so that tests round alike everywhere and do not fight for cores: their matrices are tiny.
-unit doctest notebooks: export OMP_NUM_THREADS ?= 1
+unit doctest docs notebooks: export OMP_NUM_THREADS ?= 1
 
 format-check: $(INSTALLED)
 	@echo "== ruff format --check =="
@@ -61,6 +62,10 @@ doctest: $(INSTALLED)
 	@echo "== doctests =="
 	@# These need Triton, which CPU builds of torch do not bring; their tests are test_contract_cuda.py and the like.
 	@$(BIN)/python -m pytest -q --doctest-modules probtensor --ignore probtensor/contract_cuda.py --ignore probtensor/linalg_cuda.py
+
+docs: $(INSTALLED)
+	@echo "== docs =="
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: $(INSTALLED)
 	@echo "== notebooks =="

@@ -39,6 +39,12 @@ class Evolution:
     n_components : int
     values : sequence of float
         Values of a component other than zero.
+
+    Examples
+    --------
+    >>> search = Evolution(n_states=8, max_active=2, n_components=5, values=(1.0,))
+    >>> search.states_per_point > search.n_states  # its children too
+    True
     """
 
     n_states: int

@@ -32,6 +32,12 @@ def inverse_product(gradients: Tensor, v: Tensor, damping: float) -> Tensor:
     -------
     Tensor, shape (P,)
         O(m P) operations and a solve of m equations.
+
+    Examples
+    --------
+    >>> G, v = torch.eye(2), torch.tensor([3.0, 6.0])
+    >>> inverse_product(G, v, damping=1.0)  # G'G / m is half the identity
+    tensor([2., 4.])
     """
     m = len(gradients)
     gram = gradients @ gradients.T
@@ -53,6 +59,14 @@ class GradientRing:
         ``m``.
     damping : float
         Above 0.
+
+    Examples
+    --------
+    >>> ring = GradientRing(size=2, damping=1.0)
+    >>> for gradient in torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0]]):  # the first one is forgotten
+    ...     ring.push(gradient)
+    >>> ring.product(torch.tensor([3.0, 6.0]))
+    tensor([2., 4.])
     """
 
     def __init__(self, size: int, damping: float) -> None:

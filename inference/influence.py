@@ -40,7 +40,19 @@ CHUNK = 4096  # rows in one pass
 
 
 class Preconditioner(Protocol):
-    """What the query rows' gradient is multiplied by."""
+    """What the query rows' gradient is multiplied by.
+
+    Examples
+    --------
+    >>> class Halved:
+    ...     def apply(self, module, names, train, v, comm, inverse_link=None):
+    ...         return v / 2
+    >>> module = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+    >>> rows = torch.tensor([[1.0], [2.0]]), torch.tensor([3.0, 4.0])
+    >>> halved = influence(module, rows, rows, preconditioner=Halved())
+    >>> torch.equal(halved, influence(module, rows, rows) / 2)
+    True
+    """
 
     def apply(
         self, module: nn.Module, names: Sequence[str], train: Rows, v: Tensor, comm: Comm, inverse_link: Link = None
@@ -149,6 +161,14 @@ class GaussNewton:
         Of conjugate gradients at most: two passes over the training rows each.
     tol : float
         Stop when the residual's norm has fallen to this share.
+
+    Examples
+    --------
+    >>> module = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+    >>> x = torch.arange(6.0)[:, None]
+    >>> scores = influence(module, (x, x[:, 0]), (x[:2], x[:2, 0]), preconditioner=GaussNewton(1e-6))
+    >>> scores.shape
+    torch.Size([6])
     """
 
     damping: float = 1e-3
@@ -187,6 +207,14 @@ class MFAC:
         Training rows of this rank whose gradients are taken, evenly spaced; memory is this times the parameters.
     damping : float
         Above 0.
+
+    Examples
+    --------
+    >>> module = nn.Sequential(nn.Linear(1, 1), nn.Flatten(0))
+    >>> x = torch.arange(6.0)[:, None]
+    >>> scores = influence(module, (x, x[:, 0]), (x[:2], x[:2, 0]), preconditioner=MFAC(n_gradients=6, damping=0.1))
+    >>> scores.shape
+    torch.Size([6])
     """
 
     n_gradients: int = 256

@@ -39,7 +39,14 @@ LOG_BOUNDS = (math.log(1e-10), math.log(1e10))
 
 
 class Hyperparameters(NamedTuple):
-    """Precision of the prior, and variance of normal noise (1 for other likelihoods)."""
+    """Precision of the prior, and variance of normal noise (1 for other likelihoods).
+
+    Examples
+    --------
+    >>> found = Hyperparameters(precision=4.0, noise_variance=1.0)
+    >>> found.precision**-0.5  # the prior's standard deviation
+    0.5
+    """
 
     precision: float
     noise_variance: float
@@ -60,6 +67,12 @@ class Summary(NamedTuple):
         Log likelihood, or for normal noise the sum of squared residuals.
     n_outputs : int or None
         Number of observed values, for normal noise.
+
+    Examples
+    --------
+    >>> one = torch.ones(1, dtype=torch.float64)
+    >>> Summary(curvature=one, gradient=one, parameters=one, fit=1.0, n_outputs=1).n_outputs
+    1
     """
 
     curvature: Tensor
@@ -76,6 +89,14 @@ class Spectrum:
     ----------
     values : Tensor, shape (P,)
         At least 0.
+
+    Examples
+    --------
+    >>> curvature = Curvature("diagonal", [(2,)])
+    >>> curvature.add([torch.tensor([[1.0, 2.0]], dtype=torch.float64)])
+    >>> spectrum = curvature.spectrum()
+    >>> spectrum.values.tolist(), spectrum.rotate([torch.tensor([[5.0, 6.0]], dtype=torch.float64)]).tolist()
+    ([1.0, 4.0], [[5.0, 6.0]])
     """
 
     def __init__(self, values: Tensor, turn: Callable[[Sequence[Tensor]], Tensor]) -> None:
@@ -224,7 +245,14 @@ def log_evidence(summary: Summary, precision: Tensor, noise_variance: Tensor, ne
 
 
 def step_to_mode(summary: Summary, found: Hyperparameters) -> Tensor:
-    """What leads from the parameters to the mode of the linearised model, shape (P,), in the basis of eigenvectors."""
+    """What leads from the parameters to the mode of the linearised model, shape (P,), in the basis of eigenvectors.
+
+    Examples
+    --------
+    >>> one = torch.ones(1, dtype=torch.float64)
+    >>> step_to_mode(Summary(one, one, one, 1.0, 1), Hyperparameters(1.0, 1.0)).tolist()  # it is the mode
+    [0.0]
+    """
     precision, noise = (torch.tensor(value, dtype=torch.float64) for value in found)
     return _slope(summary, precision, noise) / (summary.curvature / noise + precision)
 
@@ -243,6 +271,13 @@ def maximize_evidence(
     precision, noise_variance : float or None
         None: to be found.
     newton : bool, default False
+
+    Examples
+    --------
+    >>> parameters = torch.full((50,), 2.0, dtype=torch.float64)  # known nearly exactly
+    >>> summary = Summary(torch.full_like(parameters, 1e6), 0 * parameters, parameters, 0.0, None)
+    >>> round(maximize_evidence(summary, None, None).precision, 2)  # one over their mean square
+    0.25
     """
     noise = 1.0 if summary.n_outputs is None else noise_variance
     given = (precision, noise)

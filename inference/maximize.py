@@ -42,6 +42,12 @@ def maximize(
     -------
     Tensor
         Shaped as `start`, same dtype and device.
+
+    Examples
+    --------
+    >>> start, bounds = torch.zeros(2, dtype=torch.float64), torch.tensor([[-9.0, -9.0], [9.0, 1.0]])
+    >>> maximize(lambda x: -((x - 2) ** 2).sum(), start, bounds.double(), max_iter=20).round(decimals=3).tolist()
+    [2.0, 1.0]
     """
 
     def value_and_gradient(x: Tensor, *part: Any) -> Tensor:

@@ -33,6 +33,12 @@ class Points(NamedTuple):
         1 where an entry was observed, else 0; None where all were.
     used : Tensor, shape (n,), or None
         1 for points that an M-step takes into account, else 0; None: all.
+
+    Examples
+    --------
+    >>> points = Points.of(torch.tensor([[1.0, float("nan")], [2.0, 3.0]]), masked=True)
+    >>> points.y.tolist(), points.seen.tolist()
+    ([[1.0, 0.0], [2.0, 3.0]], [[1.0, 0.0], [1.0, 1.0]])
     """
 
     y: Tensor
@@ -83,6 +89,13 @@ class PointBlocks(Sequence[Points]):
     device : torch.device
     kept : dict of int to Points
         Blocks that stay on a GPU, unless the array is on disk.
+
+    Examples
+    --------
+    >>> cpu, empty = torch.device("cpu"), np.empty((0, 2))
+    >>> blocks = PointBlocks(np.ones((5, 2)), empty, 2, 0, False, torch.float64, cpu)
+    >>> len(blocks), [len(block.y) for block in blocks]
+    (3, [2, 2, 1])
     """
 
     array: npt.NDArray[Any]
@@ -134,6 +147,15 @@ class Summary(NamedTuple):
         Of the observed entries.
     masked : bool
         Whether any entry is missing.
+
+    Examples
+    --------
+    >>> from probtensor.comm import Serial
+    >>> cpu, empty = torch.device("cpu"), np.empty((0, 2))
+    >>> blocks = PointBlocks(np.array([[1.0, 2.0], [3.0, 2.0]]), empty, 2, 0, False, torch.float64, cpu)
+    >>> found = summarise(blocks, Serial())
+    >>> found.n_points, found.mean.tolist(), found.masked
+    (2, [2.0, 2.0], False)
     """
 
     n_points: int
@@ -144,7 +166,14 @@ class Summary(NamedTuple):
 
 
 def block_size(width: int, device: torch.device) -> int:
-    """Points of a block whose largest array has `width` numbers a point: a power of two that suits the device."""
+    """Points of a block whose largest array has `width` numbers a point: a power of two that suits the device.
+
+    Examples
+    --------
+    >>> size = block_size(1000, torch.device("cpu"))
+    >>> size & (size - 1)  # a power of two
+    0
+    """
     budget, most = (2**27, 2**18) if device.type == "cuda" else (2**19, 2**9)
     return int(min(max(2 ** int(math.log2(max(budget // width, 1))), 32), most))
 
@@ -169,6 +198,13 @@ def deal_points(array: npt.NDArray[Any], size: int, comm: Comm) -> tuple[npt.NDA
         Rows that follow these.
     first : int
         Number of this rank's first block.
+
+    Examples
+    --------
+    >>> from probtensor.comm import Serial
+    >>> array, tail, first = deal_points(np.ones((5, 2)), 2, Serial())
+    >>> len(array) + len(tail), first  # alone, all stays
+    (5, 0)
     """
     nothing = np.empty((0, array.shape[1]), dtype=array.dtype)
     if comm.size == 1:
@@ -201,6 +237,15 @@ def summarise(blocks: PointBlocks, comm: Comm) -> Summary:
     ------
     ValueError
         If there is no point, or no observed entry.
+
+    Examples
+    --------
+    >>> from probtensor.comm import Serial
+    >>> cpu, empty = torch.device("cpu"), np.empty((0, 1))
+    >>> blocks = PointBlocks(np.array([[1.0], [3.0]]), empty, 1, 0, False, torch.float64, cpu)
+    >>> found = summarise(blocks, Serial())
+    >>> found.mean.tolist(), found.variance.tolist()
+    ([2.0], [1.0])
     """
 
     def sums_of(points: Points) -> Tensor:
@@ -222,7 +267,13 @@ def summarise(blocks: PointBlocks, comm: Comm) -> Summary:
 
 
 def any_missing(array: npt.NDArray[Any]) -> bool:
-    """Whether any entry is NaN; the array may be on disk."""
+    """Whether any entry is NaN; the array may be on disk.
+
+    Examples
+    --------
+    >>> any_missing(np.array([[1.0, np.nan]])), any_missing(np.ones((2, 2)))
+    (True, False)
+    """
     return any(bool(np.isnan(array[start : start + 2**16]).any()) for start in range(0, len(array), 2**16))
 
 
@@ -245,6 +296,12 @@ def as_points(Y: Any, comm: Comm, check_values: Callable[[npt.NDArray[Any]], Non
     ------
     ValueError
         If the shape or dtype does not fit, an entry is infinite, or ranks have points of different widths.
+
+    Examples
+    --------
+    >>> from probtensor.comm import Serial
+    >>> as_points([[1, 2], [3, 4]], Serial(), lambda values: None).dtype
+    dtype('float64')
     """
 
     def check() -> npt.NDArray[Any]:

@@ -40,6 +40,12 @@ class StatesFit(NamedTuple):
         Bound a point before each step, and at the end.
     posterior : Tensor, shape (n, S)
         Probability of each state of each point.
+
+    Examples
+    --------
+    >>> fit = StatesFit({"W": torch.ones(2, 1)}, [-3.0, -2.5], torch.tensor([[0.9, 0.1]]))
+    >>> fit.posterior.argmax(1).tolist()  # the most probable state of each point
+    [0]
     """
 
     params: dict[str, Tensor]
@@ -57,6 +63,13 @@ def each_state(states: Selected | Own) -> Tensor:
     Returns
     -------
     Tensor, shape (n, S, H)
+
+    Examples
+    --------
+    >>> from probtensor.inference.state_sets import Own
+    >>> values = torch.tensor([[[0.0], [0.0]], [[1.0], [0.0]]])  # two states of two components, one point
+    >>> each_state(Own(values)).tolist()
+    [[[0.0, 0.0], [1.0, 0.0]]]
     """
     if isinstance(states, Own):
         return states.values.movedim(-1, 0)
@@ -89,6 +102,19 @@ def enumerated_model(
     -------
     callable
         Of points (n, D) and their states (n, S, H), each state of a point once.
+
+    Examples
+    --------
+    >>> from torch.distributions import Bernoulli, Normal
+    >>> model = enumerated_model(
+    ...     lambda s, W: Bernoulli(torch.tensor(0.5)).log_prob(s).sum(-1),
+    ...     lambda y, s, W: Normal(s @ W.T, 1.0).log_prob(y[:, None]).sum(-1),
+    ...     {"W": torch.tensor([[2.0]])},
+    ... )
+    >>> y, states = torch.tensor([[2.0]]), torch.tensor([[[0.0], [1.0]]])
+    >>> value, gradients = negative_elbo(model, y, states)
+    >>> round(value, 3), list(gradients)  # minus log((N(2; 0, 1) + N(2; 2, 1)) / 2)
+    (1.485, ['W'])
     """
     pyro = _pyro()
 
@@ -126,6 +152,18 @@ def negative_elbo(
     value : float
     gradients : dict of str to Tensor
         By the parameters' unconstrained values.
+
+    Examples
+    --------
+    >>> from torch.distributions import Bernoulli, Normal
+    >>> def prior(s, W):
+    ...     return Bernoulli(torch.tensor(0.5)).log_prob(s).sum(-1)
+    >>> def likelihood(y, s, W):
+    ...     return Normal(s @ W.T, 1.0).log_prob(y[:, None]).sum(-1)
+    >>> model = enumerated_model(prior, likelihood, {"W": torch.tensor([[2.0]])})
+    >>> value, gradients = negative_elbo(model, torch.tensor([[2.0]]), torch.tensor([[[0.0], [1.0]]]))
+    >>> round(value, 3), gradients["W"].shape
+    (1.485, torch.Size([1, 1]))
     """
     pyro = _pyro()
 

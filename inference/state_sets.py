@@ -39,7 +39,13 @@ __all__ = [
 
 
 def pair_places(size: int, device: torch.device | None = None) -> Tensor:
-    """Rows and columns (2, P) of the pairs ``i <= j`` of `size` places, row by row."""
+    """Rows and columns (2, P) of the pairs ``i <= j`` of `size` places, row by row.
+
+    Examples
+    --------
+    >>> pair_places(3).tolist()
+    [[0, 0, 0, 1, 1, 2], [0, 1, 2, 1, 2, 2]]
+    """
     return torch.triu_indices(size, size, device=device)
 
 
@@ -54,6 +60,12 @@ class StateTable:
     singles : Tensor, shape (V,)
         With V > 0 there are 1 + V H states more, before those of `values`: the zero state, and each component with each
         of these values alone, value by value.
+
+    Examples
+    --------
+    >>> table = StateTable(torch.tensor([[1.0, 1.0]]), torch.tensor([1.0]))  # both of two candidates
+    >>> table.n_states(5)  # and none, and each of five components alone
+    7
     """
 
     values: Tensor
@@ -133,7 +145,13 @@ def few_active(n_candidates: int, max_active: int, values: Sequence[float], like
 
 
 def every_state(n_components: int, values: Sequence[float], like: Tensor) -> StateTable:
-    """All states, the zero state first."""
+    """All states, the zero state first.
+
+    Examples
+    --------
+    >>> every_state(2, (1.0,), torch.zeros(1)).values.tolist()
+    [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
+    """
     rows = list(itertools.product((0.0, *values), repeat=n_components))
     return StateTable(like.new_tensor(rows), like.new_zeros(0))
 
@@ -150,6 +168,13 @@ class Selected:
     n_components : int
     memo : dict
         What a model found of these states and keeps for its sums.
+
+    Examples
+    --------
+    >>> table = StateTable(torch.tensor([[1.0, 1.0]]), torch.tensor([1.0]))
+    >>> states = Selected(table, torch.tensor([[0], [2]]), n_components=3)  # one point with candidates 0 and 2
+    >>> [states.state(torch.tensor([number])).ravel().tolist() for number in range(5)][-2:]
+    [[0.0, 0.0, 1.0], [1.0, 0.0, 1.0]]
     """
 
     table: StateTable
@@ -245,6 +270,14 @@ def sum_of_pairs(found: Tensor, index: Tensor, n_components: int, seen: Tensor |
     Returns
     -------
     Tensor, shape (H, H) or (D, H, H)
+
+    Examples
+    --------
+    One point with candidates 0 and 2 of three components, and nothing to add to the diagonal:
+
+    >>> pairs = torch.tensor([[1.0], [5.0], [2.0], [0.0], [0.0], [0.0]])
+    >>> sum_of_pairs(pairs, torch.tensor([[0], [2]]), 3, None).tolist()
+    [[1.0, 0.0, 5.0], [0.0, 0.0, 0.0], [5.0, 0.0, 2.0]]
     """
     H = n_components
     i, j = pair_places(len(index), index.device)
@@ -273,6 +306,12 @@ class Own:
     values : Tensor, shape (S, H, n)
     memo : dict
         What a model found of these states and keeps for its sums.
+
+    Examples
+    --------
+    >>> states = Own(torch.tensor([[[0.0], [0.0]], [[1.0], [0.0]]]))  # two states of two components, one point
+    >>> states.inclusion(torch.tensor([[0.25], [0.75]])).ravel().tolist()
+    [0.75, 0.0]
     """
 
     values: Tensor
@@ -322,6 +361,12 @@ class Gram:
         Over the standard deviation of the noise.
     seen : Tensor, shape (n, D), or None
         1 where an entry was observed, else 0; None: all were.
+
+    Examples
+    --------
+    >>> gram = Gram(torch.tensor([[1.0, 2.0], [0.0, 2.0]]), None)
+    >>> gram.whole.tolist()
+    [[1.0, 2.0], [2.0, 8.0]]
     """
 
     W: Tensor
@@ -378,6 +423,13 @@ def pursue(b: Tensor, gram: Gram, n_candidates: int, best: Callable[[Tensor], tu
     -------
     Tensor, shape (n_candidates, n), int64
         Sorted within each point.
+
+    Examples
+    --------
+    >>> W = torch.eye(3)
+    >>> y = torch.tensor([[0.1], [2.0], [3.0]])
+    >>> pursue(W.T @ y, Gram(W, None), 2, lambda b: (b - 0.5, torch.ones_like(b))).ravel().tolist()
+    [1, 2]
     """
     left, taken, chosen = b.clone(), torch.zeros_like(b), []
     for _ in range(n_candidates):

@@ -56,6 +56,18 @@ class VariationalFit:
         Estimate of the evidence lower bound at each step, of all rows.
     converged : bool
         Whether the bound stopped growing before `n_steps`.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoDelta
+    >>> def model(y):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("rows", len(y)):
+    ...         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+    >>> fit = fit_svi(model, AutoDelta(model), [torch.tensor([1.0, 3.0])], n_steps=400, learning_rate=0.1)
+    >>> round(fit.params["AutoDelta.mean"].item(), 1), len(fit.bound_history) == fit.n_iter
+    (2.0, True)
     """
 
     params: dict[str, Tensor]

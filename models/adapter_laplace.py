@@ -50,6 +50,12 @@ class Prediction(NamedTuple):
         Of the value, or the probability of each class.
     std : Tensor, shape (n, outputs)
         Standard deviation of the value, noise included; for classes, that of the probability over the posterior.
+
+    Examples
+    --------
+    >>> prediction = Prediction(torch.tensor([[0.2, 0.8]]), torch.tensor([[0.1, 0.1]]))
+    >>> prediction.mean.argmax(1).tolist()
+    [1]
     """
 
     mean: Tensor
@@ -73,6 +79,15 @@ class AdapterLaplace:
         How many directions the data determine.
     temperature : float
         By which covariances of classes' outputs are multiplied: 0 keeps the trained outputs; see `tune_temperature`.
+
+    Examples
+    --------
+    >>> from probtensor.models import FLoRAConfig, inject_adapters
+    >>> x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    >>> adapters = inject_adapters(torch.nn.Linear(3, 2), FLoRAConfig(r=1))
+    >>> posterior = fit_laplace(adapters, [(x, x[:, :2])], likelihood="regression", mode="newton")
+    >>> posterior.layers, posterior.predict(x).std.shape, posterior.noise_variance > 0
+    (('weight',), torch.Size([40, 2]), True)
     """
 
     def __init__(

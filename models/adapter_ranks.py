@@ -121,6 +121,14 @@ def rank_report(
     ------
     ValueError
         As `truncate`.
+
+    Examples
+    --------
+    >>> from probtensor.models import FLoRAConfig, inject_adapters
+    >>> adapters = inject_adapters(torch.nn.Linear(20, 30), FLoRAConfig(r=4))
+    >>> report = rank_report(adapters, n_parameters=120)
+    >>> report[["layer", "ranks_before", "parameters_before"]].values.tolist()
+    [['weight', (4, 4), 216]]
     """
     return _report(_plans(adapters, name, n_parameters, energy))
 

@@ -46,6 +46,17 @@ class AdapterPosterior:
         The parameters whose cores are uncertain.
     bound_history : list of float
         Estimate of the evidence lower bound at each step.
+
+    Examples
+    --------
+    >>> from probtensor.models import FLoRAConfig, inject_adapters
+    >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    >>> adapters = inject_adapters(nn.Linear(3, 2), FLoRAConfig(r=1))
+    >>> def log_likelihood(model, batch):
+    ...     return -nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+    >>> posterior = fit_variational(adapters, [(x, (x[:, 0] > 0).long())], log_likelihood, n_steps=20)
+    >>> isinstance(posterior, AdapterPosterior)
+    True
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class BSC(SparseCoder):
     ----------
     prior_ : float
         Probability ``pi`` of a cause to be active.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
@@ -160,11 +160,22 @@ class TSC(SparseCoder):
     ----------
     prior_ : float
         Probability ``pi`` of a cause not to be 0.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
     Exarchakis, Henniges, Eggert, Lücke (2012), "Ternary Sparse Coding", LVA/ICA.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> bars = np.kron(np.eye(3), np.ones((1, 3)))
+    >>> signs = rng.choice([-1, 0, 1], p=[0.15, 0.7, 0.15], size=(400, 3))
+    >>> Y = 5 * signs @ bars + 0.5 * rng.normal(size=(400, 9))
+    >>> model = TSC(n_components=3, random_state=0, progress=False).fit(Y)
+    >>> round(model.noise_std_, 1), sorted(np.abs(model.components_).max(1).round().tolist())
+    (0.5, [5.0, 5.0, 5.0])
     """
 
     def __init__(
@@ -261,11 +272,22 @@ class DSC(SparseCoder):
     ----------
     prior_ : ndarray, shape (1 + V,)
         Probability of a cause to be 0, then of each of `values`.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
     Exarchakis, Lücke (2017), "Discrete Sparse Coding", Neural Computation 29(11).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> bars = np.kron(np.eye(3), np.ones((1, 3)))
+    >>> causes = rng.choice([0, 1, 2], p=[0.6, 0.3, 0.1], size=(400, 3))
+    >>> Y = 5 * causes @ bars + 0.5 * rng.normal(size=(400, 9))
+    >>> model = DSC(n_components=3, values=(1.0, 2.0), random_state=0, progress=False).fit(Y)
+    >>> round(model.noise_std_, 1), model.prior_.round(1).tolist()
+    (0.5, [0.6, 0.3, 0.1])
     """
 
     def __init__(

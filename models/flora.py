@@ -17,16 +17,8 @@ from torch import Tensor, nn
 from probtensor.models.adapter_config import FLoRAConfig
 from probtensor.models.adapter_files import SavedAdapter, check_tensors, read_adapter, write_adapter
 from probtensor.models.adapter_layers import layer_forward
-from probtensor.models.adapter_modules import (
-    Bank,
-    Delta,
-    adapt,
-    bank_of,
-    base_parameter,
-    grouped_parameters,
-    release,
-    sites,
-)
+from probtensor.models.adapter_modules import Bank, Delta, adapt, bank_of, base_parameter, release, sites
+from probtensor.models.adapter_modules import grouped_parameters as grouped
 from probtensor.models.adapter_starts import new_delta, saved_deltas, start_scale, summed_delta
 from probtensor.models.adapter_targets import Target, all_parameters, find_targets
 from probtensor.resources import is_number
@@ -106,6 +98,14 @@ def load_adapters(model: nn.Module, path: str | os.PathLike[str], name: str | No
         If a file is not there.
     ValueError
         If the files do not fit each other or the model: missing and unused tensors are errors.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     inject_adapters(nn.Linear(4, 3), FLoRAConfig(r=2), "task").save_pretrained(folder)
+    ...     load_adapters(nn.Linear(4, 3), folder).names
+    ('task',)
     """
     saved = read_adapter(path)
     name = saved.name if name is None else name
@@ -342,7 +342,7 @@ class Adapters:
         >>> [(len(group["params"]), group["lr"]) for group in adapters.parameter_groups(0.01)]
         [(1, 0.01), (2, 0.02), (1, 0.001)]
         """
-        return grouped_parameters(self._active_deltas(), lr, factor_ratio, dense_ratio, weight_decay)
+        return grouped(self._active_deltas(), lr, factor_ratio, dense_ratio, weight_decay)
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, of all of base and active adapters."""

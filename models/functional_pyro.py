@@ -130,7 +130,16 @@ def functional_program(
 
 
 def gaussian_noise() -> Scatter:
-    """Normal noise of one standard deviation, "noise_std", log-normal about e⁻¹ a priori: for standardised values."""
+    """Normal noise of one standard deviation, "noise_std", log-normal about e⁻¹ a priori: for standardised values.
+
+    Examples
+    --------
+    >>> import pyro
+    >>> with pyro.plate("rows", 2):  # as within a model
+    ...     pass
+    >>> gaussian_noise()(torch.zeros(3, dtype=torch.float64)).batch_shape
+    torch.Size([3])
+    """
     pyro: Any = import_module("pyro")
     dist = import_module("pyro.distributions")
     std = pyro.sample("noise_std", dist.LogNormal(torch.tensor(-1.0, dtype=torch.float64), 1.0))
@@ -138,7 +147,15 @@ def gaussian_noise() -> Scatter:
 
 
 def noise_shape(f: LatentFunctions, rank: int) -> tuple[int, int]:
-    """Shape of the standard normal noise that functions of a mode are written in."""
+    """Shape of the standard normal noise that functions of a mode are written in.
+
+    Examples
+    --------
+    >>> from probtensor import CategoricalAxis
+    >>> f = latent_functions(CategoricalAxis("cell").fit(["a", "b"]), torch.zeros((), dtype=torch.float64))
+    >>> noise_shape(f, 3)
+    (3, 3)
+    """
     if not isinstance(f, GaussianProcess):
         return f.size + 1, rank  # the first row is the labels' common mean's
     white = rank if "white_variance" in f.named(f.initial_hyperparameters(rank)) else 0
@@ -157,6 +174,14 @@ def prior_values(f: LatentFunctions, log_hyperparameters: Tensor, noise: Tensor)
     Returns
     -------
     Tensor, shape (T, R)
+
+    Examples
+    --------
+    >>> from probtensor import CategoricalAxis
+    >>> f = latent_functions(CategoricalAxis("cell").fit(["a", "b"]), torch.zeros((), dtype=torch.float64))
+    >>> noise = torch.zeros(noise_shape(f, 3), dtype=torch.float64)
+    >>> prior_values(f, f.initial_hyperparameters(3), noise).tolist()  # no noise: the prior mean
+    [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
     named = f.named(log_hyperparameters)
     if not isinstance(f, GaussianProcess):

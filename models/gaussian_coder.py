@@ -61,11 +61,23 @@ class GSC(SparseCoder):
         ``mu``; after `fit`, slabs have a mean square of one, and the dictionary has the scale.
     slab_covariance_ : ndarray, shape (H,) or (H, H)
         ``Psi``: variances, or the whole covariance.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
     Sheikh, Shelton, Lücke (2014), "A Truncated EM Approach for Spike-and-Slab Sparse Coding", JMLR 15.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> bars = np.kron(np.eye(3), np.ones((1, 3)))
+    >>> codes = (rng.random((500, 3)) < 0.3) * rng.normal(2.0, 1.0, size=(500, 3))
+    >>> Y = codes @ bars + 0.1 * rng.normal(size=(500, 9))
+    >>> Y[rng.random(Y.shape) < 0.2] = np.nan  # missing entries
+    >>> model = GSC(n_components=3, random_state=0, progress=False).fit(Y)
+    >>> round(model.noise_std_, 1), model.prior_.round(1).tolist(), bool(np.isfinite(model.reconstruct(Y)).all())
+    (0.1, [0.3, 0.3, 0.3], True)
     """
 
     def __init__(

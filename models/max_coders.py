@@ -56,11 +56,21 @@ class MCA(SparseCoder):
     ----------
     prior_ : float
         Probability ``pi`` of a cause to be active.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
     Lücke, Sahani (2008), "Maximal Causes for Non-linear Component Extraction", JMLR 9.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> bars = np.array([[5, 5, 5, 0, 0], [0, 0, 5, 5, 5]])  # where both are, the entry is 5, not 10
+    >>> Y = ((rng.random((500, 2)) < 0.3)[:, :, None] * bars).max(1) + 0.5 * rng.normal(size=(500, 5))
+    >>> model = MCA(n_components=2, random_state=0, progress=False).fit(Y)
+    >>> round(model.noise_std_, 1), round(model.prior_, 1), model.components_.max(1).round().tolist()
+    (0.5, 0.3, [5.0, 5.0])
     """
 
     def __init__(
@@ -158,12 +168,23 @@ class MMCA(SparseCoder):
     ----------
     prior_ : float
         Probability ``pi`` of a cause to be active.
-    See `SparseCoder` for the others.
+        See `SparseCoder` for the others.
 
     References
     ----------
     Bornschein, Henniges, Lücke (2013), "Are V1 Simple Cells Optimized for Visual Occlusions?", PLoS Computational
     Biology 9(6).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> bars = np.array([[5, -5, 0, 0], [0, 8, 8, 0], [0, 0, -6, 6]])
+    >>> parts = (rng.random((500, 3)) < 0.3)[:, :, None] * bars
+    >>> largest = np.take_along_axis(parts, np.abs(parts).argmax(1)[:, None], 1)[:, 0]
+    >>> model = MMCA(n_components=3, random_state=0, progress=False).fit(largest + 0.5 * rng.normal(size=(500, 4)))
+    >>> round(model.noise_std_, 1), sorted(np.abs(model.components_).max(1).round().tolist())
+    (0.5, [5.0, 6.0, 8.0])
     """
 
     def __init__(

@@ -171,7 +171,7 @@ class MoG(Mixture):
         ``Sigma_h``: variances of each entry, whole covariances, or one variance.
     noise_std_ : float
         Root of the mean variance within components.
-    See `Mixture` for the others.
+        See `Mixture` for the others.
 
     References
     ----------
@@ -275,7 +275,7 @@ class MoP(Mixture):
 
     Attributes
     ----------
-    See `Mixture`; there is no ``noise_std_``.
+        See `Mixture`; there is no ``noise_std_``.
 
     References
     ----------

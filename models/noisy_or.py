@@ -184,7 +184,7 @@ class NoisyOR(SparseCoder):
         ``W``, transposed: chances between 0 and 1.
     prior_ : ndarray, shape (H,)
         Probability ``pi_h`` of each cause to be active.
-    See `SparseCoder` for the others; there is no ``noise_std_``.
+        See `SparseCoder` for the others; there is no ``noise_std_``.
 
     References
     ----------

@@ -126,7 +126,7 @@ def fit_dictionary(
     rounding = (8 * kind.eps) ** 0.5 * float(mean.abs().max())  # points may all be equal
     deviation = variance.sqrt().mean().clamp(min=max(kind.tiny**0.25, rounding))
     W = mean[:, None] + START * deviation * noise
-    params = model.start(W, deviation**2, 1 / n_components)
+    params = model.start(W, deviation**2, 1 / max(n_components, 2))  # one that is certain could never be away
 
     def shaken(params: Any, step: int) -> Any:
         T = schedule.at(step)

@@ -31,6 +31,8 @@ from typing import NoReturn, TypeVar, cast, final
 import torch
 from torch import Tensor
 
+__all__ = ["Comm", "Serial", "abort_on_error", "world"]
+
 Result = TypeVar("Result")
 
 _SUMMABLE = (torch.float64, torch.float32, torch.int64)
@@ -49,6 +51,14 @@ class Comm(ABC):
         Number of this process in the group, from 0 to ``size - 1``.
     size : int
         Number of processes in the group.
+
+    Examples
+    --------
+    >>> comm = world()  # of this process alone, unless mpiexec or srun started it
+    >>> comm.rank, comm.size, comm.is_root
+    (0, 1, True)
+    >>> comm.sum(torch.ones(2)).tolist()
+    [1.0, 1.0]
     """
 
     rank: int
@@ -200,6 +210,11 @@ def world() -> Comm:
         If the process was started by an MPI launcher and mpi4py is missing.
     RuntimeError
         If the launcher started several processes but MPI says that each is alone: they would all do the whole work.
+
+    Examples
+    --------
+    >>> world().size  # more under mpiexec -n 4 python program.py
+    1
     """
     name = next((name for name in _LAUNCHED_SIZE if name in os.environ), None)
     launched = None if name is None else int(os.environ[name])

@@ -37,6 +37,12 @@ class Observations:
         int64 (n, K); where each row's coordinates stand in `axes`.
     values : torch.Tensor
         float64 (n,), finite.
+
+    Examples
+    --------
+    >>> data = Observations.from_table(pd.DataFrame({"cell": ["a", "b"], "dose": [0.1, 0.2]}), [1.0, 2.0])
+    >>> data.shape, data.n_observed, data.positions.tolist()
+    ((2, 2), 2, [[0, 0], [1, 1]])
     """
 
     axes: tuple[Axis, ...]

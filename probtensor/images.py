@@ -113,7 +113,7 @@ def inpaint(
     image : array (height, width) of float
         NaN marks a missing pixel. It is not changed.
     estimator : object with ``fit(Y)`` and ``reconstruct(Y)``
-        As for :func:`denoise`; rows of Y hold NaN where pixels are missing.
+        As for `denoise`; rows of Y hold NaN where pixels are missing.
     patch_size : two int, default (8, 8)
         Height and width of a patch. Every missing pixel must lie in a patch with an observed one.
     n_train : int, default 20000
@@ -122,7 +122,7 @@ def inpaint(
     keep_observed : bool, default True
         Return observed pixels as they are. False returns their reconstruction: less noise.
     weights, batch_size, random_state
-        As for :func:`denoise`.
+        As for `denoise`.
 
     Returns
     -------
@@ -131,7 +131,17 @@ def inpaint(
     Raises
     ------
     ValueError
-        As :func:`denoise`, and if a hole is wider than the patches.
+        As `denoise`, and if a hole is wider than the patches.
+
+    Examples
+    --------
+    >>> from probtensor.models import GSC
+    >>> image = np.kron(np.eye(4), np.full((4, 4), 100.0))
+    >>> holes = np.random.default_rng(0).random(image.shape) < 0.3
+    >>> model = GSC(n_components=2, random_state=0, progress=False, max_iter=20, renewals=0)
+    >>> filled = inpaint(np.where(holes, np.nan, image), model, (4, 4))
+    >>> bool(np.isfinite(filled).all()), bool((filled[~holes] == image[~holes]).all())
+    (True, True)
     """
     pixels = _grey(image)
     filled = _restore(pixels, estimator, patch_size, n_train, weights, batch_size, random_state)

@@ -23,7 +23,14 @@ __all__ = ["Kernel", "Linear", "Matern", "Periodic", "Sum", "White", "kernel_fro
 
 @dataclass(frozen=True)
 class Kernel(ABC):
-    """A covariance over a continuous axis. Use `Matern`, `Periodic`, `Linear`, `White` and their sums."""
+    """A covariance over a continuous axis. Use `Matern`, `Periodic`, `Linear`, `White` and their sums.
+
+    Examples
+    --------
+    >>> kernel = Matern(1.5) + Periodic(365.25)
+    >>> isinstance(kernel, Kernel), [type(part).__name__ for part in kernel.parts]
+    (True, ['Matern', 'Periodic'])
+    """
 
     @property
     @abstractmethod

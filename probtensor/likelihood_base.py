@@ -26,6 +26,15 @@ class Entries(NamedTuple):
         Weighted sum of squared deviations from that mean.
     log_weight : Tensor, shape (n,)
         Sum of the logarithms of the rows' relative precisions.
+
+    Examples
+    --------
+    A cell with two rows, 1 and 3, of weight one each:
+
+    >>> import torch
+    >>> entries = Entries(*torch.tensor([[2.0], [2.0], [2.0], [2.0], [0.0]]))
+    >>> entries.value.item(), entries.scatter.item()
+    (2.0, 2.0)
     """
 
     count: Tensor  # type: ignore[assignment]  # nobody counts the elements of this tuple
@@ -50,6 +59,13 @@ class Likelihood(ABC):
     cold : float
         How often each row counts in a fit's first sweeps. More than once where one row says so little that components
         would vanish before they find what many rows share.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from probtensor.likelihoods import Poisson, StudentT
+    >>> [(likelihood.name, likelihood.location_scale) for likelihood in (Poisson(), StudentT())]
+    [('poisson', False), ('student-t', True)]
     """
 
     name: ClassVar[str]

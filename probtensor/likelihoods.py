@@ -104,6 +104,17 @@ class Residual(NamedTuple):
         ``E w``.
     shape, rate : Tensor
         Of the gamma distribution of ``w``; infinite for Gaussian tails.
+
+    Examples
+    --------
+    With as much noise as residual, half of what a row shows is the cell's own:
+
+    >>> one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    >>> student = StudentT(dof=math.inf)
+    >>> logs = student.start(0.5, one)
+    >>> found = student.residual(torch.zeros_like(logs), Entries(one, one, one, zero, zero), zero, zero)
+    >>> found.shrink.tolist()
+    [0.5]
     """
 
     shrink: Tensor

@@ -85,7 +85,7 @@ def relative_error(y: npt.ArrayLike, mean: npt.ArrayLike, mask: npt.ArrayLike | 
     Raises
     ------
     ValueError
-        As :func:`rmse`, and if all observed values are zero.
+        As `rmse`, and if all observed values are zero.
 
     Examples
     --------
@@ -121,7 +121,7 @@ def coverage(y: npt.ArrayLike, lower: npt.ArrayLike, upper: npt.ArrayLike, mask:
     Raises
     ------
     ValueError
-        As :func:`rmse`, and if a lower end lies above its upper end.
+        As `rmse`, and if a lower end lies above its upper end.
 
     Examples
     --------
@@ -158,7 +158,7 @@ def calibration_curve(
     Raises
     ------
     ValueError
-        As :func:`coverage`, and if a level is not between 0 and 1.
+        As `coverage`, and if a level is not between 0 and 1.
 
     Examples
     --------
@@ -200,7 +200,7 @@ def crps_gaussian(
     Raises
     ------
     ValueError
-        As :func:`rmse`, and if a standard deviation is negative.
+        As `rmse`, and if a standard deviation is negative.
 
     References
     ----------

@@ -80,7 +80,7 @@ def expected_calibration_error(labels: npt.ArrayLike, probabilities: npt.ArrayLi
     Raises
     ------
     ValueError
-        As :func:`reliability_curve`.
+        As `reliability_curve`.
 
     References
     ----------

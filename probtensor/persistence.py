@@ -2,7 +2,7 @@
 
 The header's only entry, ``probtensor``, holds the format version, the version of probtensor that wrote the file, the
 kind (the dotted name of the estimator's class) and the estimator's own ``meta``. Nothing is pickled and reading runs no
-code from the file: :func:`load` accepts classes of ``probtensor.models`` only.
+code from the file: `load` accepts classes of ``probtensor.models`` only.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def write_state(
 
 
 def read_state(path: str | os.PathLike[str]) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what :func:`write_state` wrote.
+    """Read what `write_state` wrote.
 
     Parameters
     ----------
     path : path-like
-        A file that :func:`write_state` wrote.
+        A file that `write_state` wrote.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def read_state(path: str | os.PathLike[str]) -> tuple[str, dict[str, torch.Tenso
 
 
 def state_from_bytes(data: bytes, path: str | os.PathLike[str]) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
-    """What :func:`read_state` returns, from the bytes of the file at `path`; raises its ValueErrors."""
+    """What `read_state` returns, from the bytes of the file at `path`; raises its ValueErrors."""
     header = _header(data, path)
     try:
         arrays = load_tensors(data)
@@ -136,7 +136,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Parameters
     ----------
     path : path-like
-        A file that :func:`write_state` wrote.
+        A file that `write_state` wrote.
 
     Returns
     -------
@@ -146,7 +146,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     FileNotFoundError, IsADirectoryError, ValueError
-        As :func:`read_state`.
+        As `read_state`.
     """
     return _header(_bytes(path), path)
 

@@ -7,7 +7,7 @@ matplotlib itself is imported on the first call only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from probtensor.kernels import Sum, White
 from probtensor.metrics import calibration_curve
 from probtensor.plotting_classes import plot_reliability
 from probtensor.plotting_completion import plot_entity_importance, plot_validation
+from probtensor.plotting_learning import plot_bound, plot_learning
 from probtensor.plotting_ranks import plot_rank_choice
 from probtensor.plotting_sparse import plot_activations, plot_dictionary, plot_reconstruction
 
@@ -47,7 +48,6 @@ __all__ = [
 
 MAX_DOTS = 100  # of a function; more hide the line
 MAX_LABELS = 30
-MAX_LINES = 6  # of a parameter, each in its colour; more are drawn alike
 
 
 def plot_factors(
@@ -86,6 +86,15 @@ def plot_factors(
     ------
     ValueError
         If a mode is unknown, the number of axes differs from that of the modes, or a count is below 1.
+
+    Examples
+    --------
+    >>> from probtensor.models import FunBaT
+    >>> X = pd.DataFrame({"day": np.arange(40.0), "place": ["here", "there"] * 20})
+    >>> model = FunBaT(rank=1, random_state=0, progress=False).fit(X, np.sin(X["day"] / 6))
+    >>> panels = plot_factors(model)
+    >>> [panel.get_xlabel() for panel in panels]
+    ['day', 'latent value']
     """
     by_name = {str(axis.name): axis for axis in model.axes_}
     chosen = list(by_name) if modes is None else list(modes)
@@ -142,6 +151,12 @@ def plot_predictions(
     ------
     ValueError
         If shapes differ, nothing is observed, or `level` is not between 0 and 1.
+
+    Examples
+    --------
+    >>> ax = plot_predictions([1.0, 2.0, 3.0], [1.1, 1.9, 3.5], [0.2, 0.2, 0.2])
+    >>> len(ax.lines) > 0
+    True
     """
     if not 0.0 < level < 1.0:
         raise ValueError(f"level: expected a number between 0 and 1, got {level!r}")
@@ -200,6 +215,14 @@ def plot_calibration(y: npt.ArrayLike, predictive: Predictive, *, ax: Axes | Non
     -------
     matplotlib Axes
         The band around the diagonal holds two standard errors of a calibrated model's curve.
+
+    Examples
+    --------
+    >>> from probtensor.predictive import NormalMixture
+    >>> y = np.random.default_rng(0).normal(size=500)
+    >>> ax = plot_calibration(y, NormalMixture(np.zeros(500), np.ones((500, 1)), np.ones(1)))
+    >>> len(ax.lines) > 0
+    True
     """
     levels, inside = calibration_curve(y, predictive)
     n = np.count_nonzero(~np.isnan(np.asarray(y, dtype=np.float64)))
@@ -234,6 +257,13 @@ def plot_relevance(model: Any, *, ax: Axes | None = None) -> Axes:
     ------
     ValueError
         If the model has no components to compare, as the Tucker form.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> fitted = SimpleNamespace(relevance_=np.array([2.0, 0.5, 0.001]), effective_rank_=2, rank_=3)
+    >>> plot_relevance(fitted).get_title(loc="left")
+    'effective rank 2 of 3'
     """
     relevance = np.asarray(model.relevance_, dtype=np.float64)
     if relevance.size == 0:
@@ -247,100 +277,6 @@ def plot_relevance(model: Any, *, ax: Axes | None = None) -> Axes:
     ax.locator_params(axis="x", integer=True)
     dress(ax, "components, strongest first", "root mean square, unit of y")
     return ax
-
-
-def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
-    """Draw the bound over the iterations; the line breaks where it becomes the bound of another model.
-
-    Parameters
-    ----------
-    model : fitted estimator
-        With ``bound_history_``, ``converged_`` and, where the bound changes its meaning, ``phase_starts_``.
-    ax : matplotlib Axes, optional
-        Where to draw. By default a new figure.
-
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    ValueError
-        If the history is empty.
-    """
-    bound = np.asarray(model.bound_history_, dtype=np.float64)
-    if bound.size == 0:
-        raise ValueError("model: expected a bound_history_ with at least one value, got an empty one")
-    ax = pyplot().subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
-    iterations = np.arange(1, bound.size + 1)
-    starts = list(getattr(model, "phase_starts_", (0,)))
-    for first, end in zip(starts, [*starts[1:], bound.size], strict=True):
-        part = slice(first, end)
-        ax.plot(
-            iterations[part],
-            bound[part],
-            color=COLOURS[0],
-            linewidth=1.8,
-            marker="o",
-            markersize=4 if bound.size <= 40 or end - first == 1 else 0,
-        )
-    state = "converged" if model.converged_ else "not converged"
-    ax.set_title(f"{bound[-1]:,.1f} after {bound.size} iterations, {state}", fontsize=LABEL_SIZE, color=INK, loc="left")
-    ax.locator_params(axis="x", integer=True)
-    dress(ax, "iteration", "bound on the log evidence")
-    return ax
-
-
-def plot_learning(
-    model: Any,
-    *,
-    truth: Mapping[str, npt.ArrayLike] | None = None,
-    axes: Sequence[Axes] | npt.NDArray[Any] | None = None,
-) -> npt.NDArray[Any]:
-    """Draw the bound and the parameters over the iterations, one panel each.
-
-    Parameters
-    ----------
-    model : fitted estimator
-        With what `plot_bound` needs and ``parameter_history_``: a dict from names to arrays (n_iter,) or (n_iter, K).
-        One entry more than the bound has is the start. Larger arrays, as dictionaries, are left out.
-    truth : dict of float or array (K,), optional
-        Values to compare with, by name: dotted lines.
-    axes : sequence of matplotlib Axes, optional
-        One for the bound and one for each parameter that is drawn. By default a new figure.
-
-    Returns
-    -------
-    array of matplotlib Axes
-
-    Raises
-    ------
-    ValueError
-        If there is no bound, a history is longer or shorter than it, or the number of axes differs.
-    """
-    n_iter, histories = len(model.bound_history_), {}
-    for name, history in model.parameter_history_.items():
-        values = np.asarray(history, dtype=np.float64)
-        if not len(values) or len(values) - n_iter not in (0, 1):
-            raise ValueError(f"model: expected the {n_iter} iterations of the bound for {name}, got {len(values)}")
-        if values.ndim <= 2:
-            histories[name] = values.reshape(len(values), -1)
-    n = 1 + len(histories)
-    panels = new_panels(n, 3.9, 3.4) if axes is None else np.asarray(axes, dtype=object).ravel()
-    if len(panels) != n:
-        raise ValueError(f"axes: expected {n}, for the bound and {list(histories)}, got {len(panels)}")
-    plot_bound(model, ax=panels[0])
-    for ax, (name, values) in zip(panels[1:], histories.items(), strict=True):
-        x, many = np.arange(n_iter - len(values) + 1, n_iter + 1), values.shape[1] > MAX_LINES
-        for k, line in enumerate(values.T):
-            colour = COLOURS[0 if many else k]
-            ax.plot(x, line, color=colour, linewidth=1.0 if many else 2.0, alpha=0.5 if many else 1.0)
-        for k, right in enumerate(np.ravel((truth or {}).get(name, ()))):
-            colour = INK if many or values.shape[1] == 1 else COLOURS[k % MAX_LINES]
-            ax.axhline(right, color=colour, linewidth=1.2, linestyle=":")
-        ax.locator_params(axis="x", integer=True)
-        dress(ax, "iteration", name)
-    return panels
 
 
 def _draw_functions(ax: Axes, model: Any, axis: ContinuousAxis, shown: Sequence[int], n_grid: int) -> None:

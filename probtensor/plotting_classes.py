@@ -41,6 +41,12 @@ def plot_reliability(
     ------
     ValueError
         As `probtensor.metrics.reliability_curve`.
+
+    Examples
+    --------
+    >>> ax = plot_reliability([0, 1, 1, 0], [[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]], 5)
+    >>> ax.get_xlabel()
+    'probability of the most probable class'
     """
     confidence, accuracy, count = reliability_curve(labels, probabilities, n_bins)
     error = expected_calibration_error(labels, probabilities, n_bins)

@@ -50,6 +50,15 @@ def plot_entity_importance(
     ------
     ValueError
         If a mode is unknown, `max_labels` is below 1, or the number of axes differs from that of the modes.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from types import SimpleNamespace
+    >>> shares = pd.Series([0.5, 0.3, 0.2], index=["ann", "bob", "cid"])
+    >>> panels = plot_entity_importance(SimpleNamespace(entity_importance_={"user": shares}))
+    >>> [label.get_text() for label in panels[0].get_yticklabels()]
+    ['ann', 'bob', 'cid']
     """
     known = list(model.entity_importance_)
     chosen = known if modes is None else list(modes)
@@ -97,6 +106,14 @@ def plot_validation(model: Any, *, ax: Axes | None = None) -> Axes:
     ------
     ValueError
         If no candidate was trained in epochs.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> errors = {"network": np.array([[1.0, 1.1], [0.7, 0.8], [0.75, 0.7]])}
+    >>> ax = plot_validation(SimpleNamespace(validation_rmse_=errors, best_epochs_={"network": np.array([1, 2])}))
+    >>> len(ax.lines) > 0
+    True
     """
     if not model.validation_rmse_:
         raise ValueError("model: expected a network or factors, which are trained in epochs; got neither")

@@ -66,6 +66,11 @@ def plot_dictionary(
     ------
     ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> plot_dictionary(np.eye(4), (2, 2)).get_title(loc="left")
+    '4 components'
     """
     tiles = np.asarray(components, dtype=np.float64)
     if tiles.ndim != 2 or tiles.size == 0 or not np.all(np.isfinite(tiles)):
@@ -141,6 +146,13 @@ def plot_activations(
     ------
     ValueError
         If probabilities lie outside of [0, 1], or shapes do not fit.
+
+    Examples
+    --------
+    >>> inclusion = np.random.default_rng(0).random((100, 5)) < 0.3
+    >>> panels = plot_activations(inclusion.astype(float), prior=0.3)
+    >>> len(panels)
+    2
     """
     found = getattr(inclusion, "inclusion_", inclusion)
     chances = _probabilities("inclusion", found)
@@ -213,6 +225,14 @@ def plot_reconstruction(
     ------
     ValueError
         If an argument is not as described.
+
+    Examples
+    --------
+    >>> image = np.full((8, 8), 100.0)
+    >>> noisy = image + np.random.default_rng(0).normal(0.0, 10.0, size=(8, 8))
+    >>> panels = plot_reconstruction(noisy, image, image)
+    >>> len(panels)
+    3
     """
     images = {"before": before, "after": after} | ({} if truth is None else {"truth": truth})
     pixels = {name: np.asarray(image, dtype=np.float64) for name, image in images.items()}

@@ -73,7 +73,16 @@ def weight_nodes(shape: Array, rate: Array) -> tuple[Array, Array]:
 
 
 class Predictive(ABC):
-    """Distributions of n values. In `cdf`, `log_prob` and `crps`, y has shape (n,) or is a number; NaN is missing."""
+    """Distributions of n values. In `cdf`, `log_prob` and `crps`, y has shape (n,) or is a number; NaN is missing.
+
+    Examples
+    --------
+    >>> from probtensor.predictive import NormalMixture
+    >>> normal = NormalMixture(np.zeros(3), np.ones((3, 1)), np.ones(1))  # three standard normal values
+    >>> lower, upper = normal.interval(0.9)
+    >>> isinstance(normal, Predictive), upper.round(2).tolist()
+    (True, [1.64, 1.64, 1.64])
+    """
 
     @property
     @abstractmethod

@@ -97,6 +97,15 @@ def from_xarray(array: xarray.DataArray) -> tuple[pd.DataFrame, Values]:
     ------
     ValueError
         If `array` is not a DataArray, or as for `from_dense`.
+
+    Examples
+    --------
+    >>> import xarray
+    >>> coords = {"cell": ["a", "b"], "dose": [0.1, 0.2]}
+    >>> array = xarray.DataArray([[1.0, np.nan], [3.0, 4.0]], coords, ("cell", "dose"))
+    >>> X, y = from_xarray(array)
+    >>> X.to_numpy().tolist(), y.tolist()
+    ([['a', 0.1], ['b', 0.1], ['b', 0.2]], [1.0, 3.0, 4.0])
     """
     import xarray
 
@@ -127,6 +136,12 @@ def to_xarray(X: Any, values: Any, name: str | None = None) -> xarray.DataArray:
     ------
     ValueError
         If two rows are one cell, or lengths differ.
+
+    Examples
+    --------
+    >>> array = to_xarray(pd.DataFrame({"cell": ["a", "b"], "dose": [0.1, 0.2]}), [1.0, 4.0])
+    >>> array.dims, array.to_numpy().tolist()
+    (('cell', 'dose'), [[1.0, nan], [nan, 4.0]])
     """
     import xarray
 
@@ -145,7 +160,7 @@ def to_xarray(X: Any, values: Any, name: str | None = None) -> xarray.DataArray:
 
 
 def read_tns(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, FloatArray]:
-    """Read a sparse tensor in the FROSTT format: a line holds K coordinates, counted from 1, and a value.
+    r"""Read a sparse tensor in the FROSTT format: a line holds K coordinates, counted from 1, and a value.
 
     Parameters
     ----------
@@ -163,6 +178,17 @@ def read_tns(path: str | os.PathLike[str]) -> tuple[pd.DataFrame, FloatArray]:
     ------
     ValueError
         If a line is malformed (its number is named), or there is none.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "small.tns")
+    ...     with open(path, "w") as file:
+    ...         _ = file.write("# two entries\n1 2 0.5\n3 1 2\n")
+    ...     X, y = read_tns(path)
+    >>> X.to_numpy().tolist(), y.tolist()
+    ([[1, 2], [3, 1]], [0.5, 2.0])
     """
     try:
         frame = pd.read_csv(path, sep=r"\s+", header=None, comment="#", low_memory=False)
@@ -184,7 +210,7 @@ def read_table(
     categorical: Iterable[str] | Mapping[str, str] = (),
     columns: Iterable[str] | None = None,
 ) -> tuple[pd.DataFrame, FloatArray | None]:
-    """Read coordinates and values from a csv, tsv, parquet or npz file or a zarr folder.
+    r"""Read coordinates and values from a csv, tsv, parquet or npz file or a zarr folder.
 
     The table carries what was named: `resolve_axes` says continuous or categorical as asked.
 
@@ -216,6 +242,17 @@ def read_table(
     ValueError
         If the suffix or a column is unknown, a column is named both ways, or does not hold what it should, or the file
         is malformed. Rows in messages are those of the file, from 0.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "fares.csv")
+    ...     with open(path, "w") as file:
+    ...         _ = file.write("zone,hour,fare\n007,8.5,12\n008,9.5,\n")
+    ...     X, y = read_table(path, "fare", categorical={"zone": "str"})
+    >>> X.to_numpy().tolist(), y.tolist()  # the second row has no value
+    ([['007', 8.5]], [12.0])
     """
     return read_shard(path, Serial(), value, continuous, categorical, columns)
 

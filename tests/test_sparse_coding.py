@@ -59,6 +59,16 @@ def fit(model, Y, method="fit", **more):
         return getattr(model, method)(Y, **more)
 
 
+@pytest.mark.parametrize("name", CODERS)
+def test_a_single_component_is_found(name):
+    """Its prior once began at one over their number, where a point without it was impossible: the bound was NaN."""
+    rng = np.random.default_rng(0)
+    Y = 3.0 * (rng.random((200, 1)) < 0.4) + 0.5 * rng.normal(size=(200, 4))
+    model = fit(coder(name, n_components=1, n_candidates=1, max_active=1, max_iter=30), Y)
+    assert model.noise_std_ == pytest.approx(0.5, abs=0.05)
+    assert np.isfinite(model.bound_)
+
+
 def results(model, Y) -> list[np.ndarray]:
     found = [model.transform(Y), model.inclusion_probability(Y), model.map_states(Y), model.reconstruct(Y)]
     found += [model.score_samples(Y), np.array(model.bound_history_), np.asarray(model.prior_), model.components_]
