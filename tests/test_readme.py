@@ -31,7 +31,8 @@ assert sorted(path.name for path in Path("task").iterdir()) == ["adapter_config.
 assert "0.weight" in net.state_dict() and len(net.state_dict()) == 4
 """
     check_factors = "assert factor.shape == factor_std.shape == (8, len(model.relevance_))\n"
-    script = fit + check + train + completion + check_completion + factors + check_factors + adapters + check_adapters + codes + check_codes
+    tables = train + completion + check_completion + factors + check_factors
+    script = fit + check + tables + adapters + check_adapters + codes + check_codes
     (tmp_path / "example.py").write_text(script)
     done = subprocess.run(
         [sys.executable, "-W", "error", "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
