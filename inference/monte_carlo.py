@@ -27,7 +27,13 @@ MOST_R_HAT = 1.05
 
 
 class ChainWarning(UserWarning):
-    """Chains have not met, or steps of theirs diverged."""
+    """Chains have not met, or steps of theirs diverged.
+
+    Examples
+    --------
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", ChainWarning)  # chains that are not to be believed end the program
+    """
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,12 @@ class Chains:
     n_divergent : int
         Steps after the warm-up that left the path of the true dynamics: where there are many, the chains leave parts of
         the posterior out.
+
+    Examples
+    --------
+    >>> draws = torch.arange(8.0).reshape(2, 4)
+    >>> Chains({"mean": draws}, {"mean": torch.ones(())}, {"mean": torch.tensor(8.0)}, 0).merged["mean"].shape
+    torch.Size([8])
     """
 
     draws: dict[str, Tensor]

@@ -33,6 +33,12 @@ class Alignment(NamedTuple):
     congruence : array (R,) of float64
         Product over the modes of the cosines between the paired columns: 1 for components that are the same up to
         lengths, -1 for opposite ones, 0 if a column of either is zero.
+
+    Examples
+    --------
+    >>> one = np.eye(2)
+    >>> align_components([one[:, ::-1], one[:, ::-1]], [one, one]).permutation.tolist()
+    [1, 0]
     """
 
     factors: list[FloatArray]

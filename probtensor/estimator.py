@@ -47,7 +47,13 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 
 class UnknownLabelWarning(UserWarning):
-    """A label was not among the training data: its latent functions have what the others share, and a wide interval."""
+    """A label was not among the training data: its latent functions have what the others share, and a wide interval.
+
+    Examples
+    --------
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore", UnknownLabelWarning)  # where such labels are expected
+    """
 
 
 class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]

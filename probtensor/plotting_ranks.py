@@ -34,6 +34,14 @@ def plot_rank_choice(choice: RankChoice, *, ax: Axes | None = None) -> Axes:
     Returns
     -------
     matplotlib Axes
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from probtensor.rank_choice import RankChoice
+    >>> table = pd.DataFrame({"rank": [1, 2, 3], "rmse": [0.9, 0.4, 0.5], "standard_error": [0.05, 0.03, 0.04]})
+    >>> plot_rank_choice(RankChoice(2, table, None)).get_xlabel()
+    'rank'
     """
     ax = pyplot().subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
     ranks, held_out = list(choice.table["rank"]), "rmse" in choice.table

@@ -32,6 +32,12 @@ class RankChoice(NamedTuple):
         the folds) and ``standard_error`` (of that mean).
     estimator : estimator
         Fitted to all rows with that rank.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"rank": [1, 2], "bound": [-12.0, -9.5]})
+    >>> RankChoice(2, table, None).rank
+    2
     """
 
     rank: int | Sequence[int]

@@ -46,6 +46,7 @@ FAMILIES = {
         (
             *_of("probtensor", "from_dense", "from_xarray", "to_xarray", "read_table", "read_tns", "read_shard"),
             *_of("probtensor", "ContinuousAxis", "CategoricalAxis", "Observations", "load"),
+            *_of("probtensor", "UnknownLabelWarning"),
             "probtensor.datasets",
         ),
     ),
@@ -58,6 +59,11 @@ FAMILIES = {
         "FunBaT",
         "Functional Bayesian Tucker and CP: [the mathematics](../models/funbat.md).",
         (*_of("probtensor.models", "FunBaT"), "probtensor.models.functional_pyro"),
+    ),
+    "bayesian": Family(
+        "Bayesian CP and Tucker",
+        "Factors of labels with their uncertainty: [in use](../bayesian.md).",
+        (*_of("probtensor.models", "BayesianCP", "BayesianTucker"), *_of("probtensor.ordinal", "Ordinal")),
     ),
     "likelihoods": Family(
         "Likelihoods and predictive distributions",
@@ -94,7 +100,13 @@ FAMILIES = {
         "Pictures", "Each function draws on axes that it is given or makes, and returns them.", ("probtensor.plotting",)
     ),
     "baselines": Family(
-        "Baselines", "Simple methods with the manners of the models, to compare with.", ("probtensor.baselines",)
+        "Baselines",
+        "Simple methods with the manners of the models, to compare with; components and their number.",
+        (
+            "probtensor.baselines",
+            *_of("probtensor.components", "Alignment", "align_components"),
+            "probtensor.rank_choice",
+        ),
     ),
     "comm": Family("Several ranks", "Communicators: [on several ranks](../ranks/README.md).", ("probtensor.comm",)),
     "influence": Family(
@@ -107,7 +119,7 @@ FAMILIES = {
             *("probtensor.inference.message_passing", "probtensor.inference.kalman", "probtensor.inference.evolution"),
             *("probtensor.inference.truncated_em", "probtensor.inference.state_sets", "probtensor.inference.points"),
             *("probtensor.inference.variational", "probtensor.inference.pyro_bridge", "probtensor.inference.laplace"),
-            *("probtensor.inference.fisher", "probtensor.inference.maximize"),
+            *("probtensor.inference.monte_carlo", "probtensor.inference.fisher", "probtensor.inference.maximize"),
         ),
     ),
 }
