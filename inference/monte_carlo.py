@@ -27,7 +27,13 @@ MOST_R_HAT = 1.05
 
 
 class ChainWarning(UserWarning):
-    """Chains have not met, or steps of theirs diverged."""
+    """Chains have not met, or steps of theirs diverged.
+
+    Examples
+    --------
+    >>> issubclass(ChainWarning, UserWarning)  # warnings.simplefilter("ignore", ChainWarning) silences it
+    True
+    """
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,13 @@ class Chains:
     n_divergent : int
         Steps after the warm-up that left the path of the true dynamics: where there are many, the chains leave parts of
         the posterior out.
+
+    Examples
+    --------
+    >>> one = {"mean": torch.tensor(1.0)}
+    >>> chains = Chains({"mean": torch.zeros(2, 300)}, r_hat=one, n_effective=one, n_divergent=0)
+    >>> chains.merged["mean"].shape  # both chains' draws
+    torch.Size([600])
     """
 
     draws: dict[str, Tensor]

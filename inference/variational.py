@@ -302,7 +302,18 @@ def _Scaled(pyro: Any, scale: float) -> Iterator[None]:
 
 @contextmanager
 def seeded(random_state: int, step: int, rows: Sequence[Tensor]) -> Iterator[None]:
-    """Global generators with a seed of their own, and afterwards as they were."""
+    """Global generators with a seed of their own, and afterwards as they were.
+
+    Examples
+    --------
+    >>> before = torch.get_rng_state()
+    >>> with seeded(random_state=0, step=0, rows=[]):
+    ...     first = torch.rand(1)
+    >>> with seeded(random_state=0, step=0, rows=[]):
+    ...     again = torch.rand(1)
+    >>> torch.equal(first, again), torch.equal(before, torch.get_rng_state())
+    (True, True)
+    """
     devices = sorted({x.device.index or 0 for x in rows if x.device.type == "cuda"})
     seed = int(mixed(np.array([step]), int(random_state))[0]) % 2**32
     with torch.random.fork_rng(devices):
@@ -387,6 +398,12 @@ def _check(
 
 
 def load_pyro() -> Any:
-    """Pyro, which is typed in part only."""
+    """Pyro, which is typed in part only.
+
+    Examples
+    --------
+    >>> load_pyro().__name__
+    'pyro'
+    """
     import_module("pyro.infer")
     return import_module("pyro")

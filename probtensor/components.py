@@ -33,6 +33,14 @@ class Alignment(NamedTuple):
     congruence : array (R,) of float64
         Product over the modes of the cosines between the paired columns: 1 for components that are the same up to
         lengths, -1 for opposite ones, 0 if a column of either is zero.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> factors = [rng.normal(size=(5, 2)), rng.normal(size=(4, 2))]
+    >>> found = align_components([factor[:, ::-1] for factor in factors], factors)
+    >>> found.permutation.tolist(), found.congruence.round(6).tolist()
+    ([1, 0], [1.0, 1.0])
     """
 
     factors: list[FloatArray]

@@ -32,6 +32,12 @@ class RankChoice(NamedTuple):
         the folds) and ``standard_error`` (of that mean).
     estimator : estimator
         Fitted to all rows with that rank.
+
+    Examples
+    --------
+    >>> table = pd.DataFrame({"rank": [1, 2], "rmse": [0.9, 0.1]})
+    >>> RankChoice(2, table, None)._fields[:2]
+    ('rank', 'table')
     """
 
     rank: int | Sequence[int]

@@ -59,10 +59,23 @@ FAMILIES = {
         "Functional Bayesian Tucker and CP: [the mathematics](../models/funbat.md).",
         (*_of("probtensor.models", "FunBaT"), "probtensor.models.functional_pyro"),
     ),
+    "bayesian": Family(
+        "Bayesian CP and Tucker",
+        "Labels, with a rank that the data choose: [in use](../bayesian.md).",
+        _of("probtensor.models", "BayesianCP", "BayesianTucker"),
+    ),
+    "classical": Family(
+        "Classical decompositions",
+        "Without intervals, to start from and compare with: [in use](../classical.md).",
+        (
+            *("probtensor.baselines", "probtensor.rank_choice"),
+            *_of("probtensor.components", "Alignment", "align_components"),
+        ),
+    ),
     "likelihoods": Family(
         "Likelihoods and predictive distributions",
         "How values scatter around what a model says, and what `predictive` returns.",
-        ("probtensor.likelihoods", "probtensor.predictive"),
+        ("probtensor.likelihoods", "probtensor.ordinal", "probtensor.predictive"),
     ),
     "completion": Family(
         "Completion and augmentation",
@@ -93,9 +106,6 @@ FAMILIES = {
     "plotting": Family(
         "Pictures", "Each function draws on axes that it is given or makes, and returns them.", ("probtensor.plotting",)
     ),
-    "baselines": Family(
-        "Baselines", "Simple methods with the manners of the models, to compare with.", ("probtensor.baselines",)
-    ),
     "comm": Family("Several ranks", "Communicators: [on several ranks](../ranks/README.md).", ("probtensor.comm",)),
     "influence": Family(
         "Influence", "Which training rows predictions owe something to.", ("probtensor.inference.influence",)
@@ -106,8 +116,12 @@ FAMILIES = {
         (
             *("probtensor.inference.message_passing", "probtensor.inference.kalman", "probtensor.inference.evolution"),
             *("probtensor.inference.truncated_em", "probtensor.inference.state_sets", "probtensor.inference.points"),
-            *("probtensor.inference.variational", "probtensor.inference.pyro_bridge", "probtensor.inference.laplace"),
-            *("probtensor.inference.fisher", "probtensor.inference.maximize"),
+            *(
+                "probtensor.inference.variational",
+                "probtensor.inference.monte_carlo",
+                "probtensor.inference.pyro_bridge",
+            ),
+            *("probtensor.inference.laplace", "probtensor.inference.fisher", "probtensor.inference.maximize"),
         ),
     ),
 }
