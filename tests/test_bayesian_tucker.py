@@ -18,6 +18,8 @@ from probtensor.estimator import UnknownLabelWarning
 from probtensor.likelihoods import StudentT
 from probtensor.models import BayesianCP, BayesianTucker
 from probtensor.models.bayesian_moments import cp_moments, tucker_moments, tucker_values
+from probtensor.models.functional_start import paired
+from probtensor.models.latent_functions import ExchangeableRows
 from tests.reference_bayesian import entry_moments
 
 if TYPE_CHECKING:
@@ -262,3 +264,15 @@ def test_the_model_of_ones_own_in_the_docs_runs() -> None:
     assert found["users"].shape == (50, 20, 2)
     predicted = (found["users"][:, positions[:, 0]] * found["films"][:, positions[:, 1]]).sum(2).mean(0)
     assert np.corrcoef(predicted, logits)[0, 1] > 0.7
+
+
+def test_components_start_as_pairs_of_modes_in_turn_and_then_of_all() -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    columns, free = draws(30, 5), [torch.tensor([True] * 4 + [k == j for j in range(1)]) for k in range(3)]
+    for mode, near_one in enumerate(([2], [1], [0])):  # pairs (0, 1), (0, 2), (1, 2), then all three
+        f = ExchangeableRows(30, like)
+        mean, hyper = paired(f, mode, columns, f.initial_hyperparameters(int(free[mode].sum())), free)
+        moved = [r for r in range(5) if not torch.equal(mean[:, r], columns[:, r])]
+        assert moved == near_one
+        torch.testing.assert_close(mean[:, moved], 1 + 0.1 * columns[:, moved])
+        assert hyper[1, moved].tolist() == [0.0]

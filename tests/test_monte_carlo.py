@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.ops.stats import effective_sample_size
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from probtensor.inference.monte_carlo import ChainWarning, fit_nuts
@@ -55,7 +56,7 @@ def test_message_passing_a_full_guide_and_chains_agree_on_a_small_tensor() -> No
     fixed: dict[str, Any] = {"main_effects": False, "learn_hyperparameters": False, "calibration": 0}
     fixed |= {"random_state": 0, "progress": False}
     sweeps = BayesianCP(1, tol=1e-9, max_iter=500, **fixed).fit(X, y)
-    full = BayesianCP(1, guide="full", n_steps=700, learning_rate=0.05, **fixed).fit(X, y)
+    full = BayesianCP(1, guide="full", n_steps=500, learning_rate=0.05, **fixed).fit(X, y)
     assert np.mean(full.bound_history_[-100:]) > sweeps.bound_, "a larger family"
     posterior = full._posterior
     assert isinstance(posterior, DrawnFactors)
@@ -64,11 +65,14 @@ def test_message_passing_a_full_guide_and_chains_agree_on_a_small_tensor() -> No
     start |= {f"factor_{k}": start[f"factor_{k}"][:-1] for k in range(3)}
     program, one = posterior.model.program(posterior.parameters), torch.ones_like(values)
     rows = [positions, values, one, one]
-    chains = fit_nuts(program, rows, n_samples=120, n_warmup=60, max_tree_depth=5, start=start, compiled=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ChainWarning)  # two factors may change their signs: r_hat of entries counts
+        chains = fit_nuts(program, rows, n_samples=100, n_warmup=40, max_tree_depth=5, start=start, compiled=True)
     drawn = drawn_factors(posterior.model, posterior.parameters, chains.merged)
     at = torch.from_numpy(cells)
     mean, variance = drawn.moments(at)
-    entries = torch.stack([drawn._at(s, at) for s in range(240)]).reshape(2, 120, -1)
+    entries = torch.stack([drawn._at(s, at) for s in range(200)]).reshape(2, 100, -1)
+    assert float(split_gelman_rubin(entries, 0, 1).max()) < 1.1
     error = (variance / effective_sample_size(entries, 0, 1)).sqrt()
     for other, limit in ((sweeps._posterior, 1.0), (posterior, 1.5)):
         m, v = other.moments(at)

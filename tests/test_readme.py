@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_readme_examples_run_and_do_what_it_says(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    fit, completion, adapters, codes = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    fit, completion, factors, adapters, codes = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     check = """
 import numpy as np
 assert np.array_equal(mean, same.predict(X.loc[hidden]))
@@ -30,7 +30,9 @@ from pathlib import Path
 assert sorted(path.name for path in Path("task").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 assert "0.weight" in net.state_dict() and len(net.state_dict()) == 4
 """
-    script = fit + check + train + completion + check_completion + adapters + check_adapters + codes + check_codes
+    check_factors = "assert factor.shape == factor_std.shape == (8, len(model.relevance_))\n"
+    tables = train + completion + check_completion + factors + check_factors
+    script = fit + check + tables + adapters + check_adapters + codes + check_codes
     (tmp_path / "example.py").write_text(script)
     done = subprocess.run(
         [sys.executable, "-W", "error", "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
