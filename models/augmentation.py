@@ -88,6 +88,8 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         any.
     random_state : int, Generator, RandomState or None, default None
         Seed of the validation cells, the new cells, and the estimators.
+    progress : bool, default True
+        Show progress bars on long fits of the default `estimator`; one that is given has its own setting.
 
     Attributes
     ----------
@@ -142,6 +144,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         keep: Literal["weighted", "if_better", "always"] = "weighted",
         validation_fraction: float = 0.2,
         random_state: RandomState = None,
+        progress: bool = True,
     ) -> None:
         self.estimator = estimator
         self.ratio = ratio
@@ -154,6 +157,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.keep = keep
         self.validation_fraction = validation_fraction
         self.random_state = random_state
+        self.progress = progress
 
     def fit(
         self, X: Any, y: Any, sample_weight: Any = None, *, X_val: Any = None, y_val: Any = None, X_exclude: Any = None
@@ -239,7 +243,7 @@ class DAIN(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             )
 
     def _estimator(self) -> Any:
-        return paper_network() if self.estimator is None else self.estimator
+        return paper_network(self.progress) if self.estimator is None else self.estimator
 
     def _fit(
         self,

@@ -15,7 +15,7 @@ __all__ = ["fitted_clone", "paper_network"]
 FloatArray = npt.NDArray[np.float64]
 
 
-def paper_network() -> NeuralTensorCompletion:
+def paper_network(progress: bool = True) -> NeuralTensorCompletion:
     """The network that the paper augments: a perceptron over embeddings, nothing else, stopped early."""
     return NeuralTensorCompletion(
         biases=False,
@@ -28,6 +28,7 @@ def paper_network() -> NeuralTensorCompletion:
         learning_rate=1e-3,
         max_epochs=50,
         patience=10,
+        progress=progress,
     )
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "Observations",
     "Periodic",
     "Sum",
+    "UnknownLabelWarning",
     "White",
     "__version__",
     "comm",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors; with
     from probtensor.axes import CategoricalAxis as CategoricalAxis
     from probtensor.axes import ContinuousAxis as ContinuousAxis
     from probtensor.data import Observations as Observations
+    from probtensor.estimator import UnknownLabelWarning as UnknownLabelWarning
     from probtensor.kernels import Linear as Linear
     from probtensor.kernels import Matern as Matern
     from probtensor.kernels import Periodic as Periodic
@@ -68,6 +70,7 @@ else:
     _HOMES = {
         **dict.fromkeys(("CategoricalAxis", "ContinuousAxis"), "probtensor.axes"),
         "Observations": "probtensor.data",
+        "UnknownLabelWarning": "probtensor.estimator",
         **dict.fromkeys(("Linear", "Matern", "Periodic", "Sum", "White"), "probtensor.kernels"),
         "load": "probtensor.persistence",
         **dict.fromkeys(("from_dense", "from_xarray", "read_table", "read_tns", "to_xarray"), "probtensor.readers"),

@@ -125,6 +125,7 @@ def plot_predictions(
     std: npt.ArrayLike | None = None,
     *,
     level: float = 0.9,
+    interval: tuple[npt.ArrayLike, npt.ArrayLike] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw predicted against observed values, with intervals, and the diagonal where they agree.
@@ -140,6 +141,9 @@ def plot_predictions(
         observations outside of it are drawn in another colour and marker.
     level : float, default 0.9
         Probability of the intervals, between 0 and 1.
+    interval : tuple of two arrays (n,) of float, optional
+        Lower and upper ends of intervals of probability `level`, as ``model.predict_interval(X, level)`` gives them,
+        in place of Gaussian ones: where tails are heavy, a Gaussian interval of the same standard deviation is wider.
     ax : matplotlib Axes, optional
         Where to draw. By default a new figure.
 
@@ -162,16 +166,23 @@ def plot_predictions(
         raise ValueError(f"level: expected a number between 0 and 1, got {level!r}")
     observed, centre = np.asarray(y, dtype=np.float64).ravel(), np.asarray(mean, dtype=np.float64).ravel()
     spread = np.zeros_like(centre) if std is None else np.asarray(std, dtype=np.float64).ravel()
-    for name, array in (("mean", centre), ("std", spread)):
+    if interval is not None:
+        lower, upper = (np.asarray(end, dtype=np.float64).ravel() for end in interval)
+    elif spread.shape == centre.shape:
+        lower, upper = centre - spread * ndtri(0.5 + level / 2), centre + spread * ndtri(0.5 + level / 2)
+    else:
+        lower = upper = centre
+    with_intervals = std is not None or interval is not None
+    for name, array in (("mean", centre), ("std", spread), ("interval", lower), ("interval", upper)):
         if array.shape != observed.shape:
             raise ValueError(f"{name}: expected the {len(observed)} values of y, got {len(array)}")
     seen = ~np.isnan(observed)
     if not seen.any():
         raise ValueError(f"y: expected at least one observed value, got none among {len(observed)}")
-    observed, centre, reach = observed[seen], centre[seen], spread[seen] * ndtri(0.5 + level / 2)
+    observed, centre, lower, upper = observed[seen], centre[seen], lower[seen], upper[seen]
 
     ax = pyplot().subplots(figsize=(4.8, 4.6), layout="constrained")[1] if ax is None else ax
-    outside = (np.abs(observed - centre) > reach) if std is not None else np.zeros(len(observed), dtype=bool)
+    outside = ((observed < lower) | (observed > upper)) & with_intervals
     ends = (float(min(observed.min(), centre.min())), float(max(observed.max(), centre.max())))
     margin = 0.04 * (ends[1] - ends[0]) or 1.0
     limits = (ends[0] - margin, ends[1] + margin)
@@ -179,22 +190,20 @@ def plot_predictions(
     percent = f"{100 * level:g} % interval"
     crowd = float(np.clip(40.0 / np.sqrt(len(observed)), 1.0, 5.0))
     for group, colour, marker, words in (
-        (~outside, COLOURS[0], "o", f"inside its {percent}" if std is not None else None),
+        (~outside, COLOURS[0], "o", f"inside its {percent}" if with_intervals else None),
         (outside, COLOURS[1], "D", f"outside its {percent}"),
     ):
         if group.any():
             label = None if words is None else f"{words} ({100 * group.mean():.0f} %)"
-            if std is not None:
-                ax.vlines(
-                    observed[group], (centre - reach)[group], (centre + reach)[group], colors=colour, lw=0.7, alpha=0.3
-                )
+            if with_intervals:
+                ax.vlines(observed[group], lower[group], upper[group], colors=colour, lw=0.7, alpha=0.3)
             ax.scatter(
                 observed[group], centre[group], s=4.0 * crowd, c=colour, marker=marker, linewidths=0, alpha=0.85,
                 label=label, zorder=4,
             )  # fmt: skip
     ax.set(xlim=limits, ylim=limits, aspect="equal")
     dress(ax, "observed", "predicted")
-    if std is not None:
+    if with_intervals:
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=TICK_SIZE, markerscale=1.8)
     return ax
 

