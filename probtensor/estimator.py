@@ -47,7 +47,12 @@ FloatArray = npt.NDArray[np.floating[Any]]
 
 
 class UnknownLabelWarning(UserWarning):
-    """A label was not among the training data: its latent functions have what the others share, and a wide interval."""
+    """A label was not among the training data: its latent functions have what the others share, and a wide interval.
+
+    Examples
+    --------
+    >>> assert issubclass(UnknownLabelWarning, UserWarning)  # warnings.simplefilter("ignore", …) silences it
+    """
 
 
 class TensorRegressor(RegressorMixin, BaseEstimator, ABC):  # type: ignore[misc]

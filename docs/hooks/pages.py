@@ -87,7 +87,8 @@ def relink(text: str, source: str, page: str, pages: dict[str, str]) -> str:
     def link(match: re.Match[str]) -> str:
         label, path, anchor = match.groups()
         found = target(path)
-        if found is None and not (ROOT / posixpath.dirname(source) / path).exists():
+        there = (ROOT / posixpath.dirname(source) / path).exists()
+        if found is None and not there and not path.endswith(".ipynb"):  # tutorials link to those that are to come
             return match.group()  # wrong, or a page of this site: MkDocs says which
         return f"[{label}]({found}{anchor or ''})" if found else label
 

@@ -45,7 +45,7 @@ FAMILIES = {
         "What leads to `X` and `y`, what a column means, and how a fitted model is read again.",
         (
             *_of("probtensor", "from_dense", "from_xarray", "to_xarray", "read_table", "read_tns", "read_shard"),
-            *_of("probtensor", "ContinuousAxis", "CategoricalAxis", "Observations", "load"),
+            *_of("probtensor", "ContinuousAxis", "CategoricalAxis", "Observations", "load", "UnknownLabelWarning"),
             "probtensor.datasets",
         ),
     ),
