@@ -304,20 +304,15 @@ def _Scaled(pyro: Any, scale: float) -> Iterator[None]:
 def seeded(random_state: int, step: int, rows: Sequence[Tensor]) -> Iterator[None]:
     """Global generators with a seed of their own, and afterwards as they were.
 
-    Parameters
-    ----------
-    random_state, step : int
-        Together they make the seed.
-    rows : sequence of Tensor
-        Their GPUs' generators are seeded too.
-
     Examples
     --------
-    >>> with seeded(0, 3, []):
-    ...     first = torch.rand(2)
-    >>> with seeded(0, 3, []):
-    ...     torch.equal(torch.rand(2), first)
-    True
+    >>> before = torch.get_rng_state()
+    >>> with seeded(random_state=0, step=0, rows=[]):
+    ...     first = torch.rand(1)
+    >>> with seeded(random_state=0, step=0, rows=[]):
+    ...     again = torch.rand(1)
+    >>> torch.equal(first, again), torch.equal(before, torch.get_rng_state())
+    (True, True)
     """
     devices = sorted({x.device.index or 0 for x in rows if x.device.type == "cuda"})
     seed = int(mixed(np.array([step]), int(random_state))[0]) % 2**32
@@ -403,7 +398,7 @@ def _check(
 
 
 def load_pyro() -> Any:
-    """Pyro, which is imported when it is needed, and typed in part only.
+    """Pyro, which is typed in part only.
 
     Examples
     --------

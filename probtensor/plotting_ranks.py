@@ -37,10 +37,13 @@ def plot_rank_choice(choice: RankChoice, *, ax: Axes | None = None) -> Axes:
 
     Examples
     --------
-    >>> import pandas as pd
-    >>> from probtensor.rank_choice import RankChoice
-    >>> table = pd.DataFrame({"rank": [1, 2, 3], "rmse": [0.9, 0.4, 0.5], "standard_error": [0.05, 0.03, 0.04]})
-    >>> plot_rank_choice(RankChoice(2, table, None)).get_xlabel()
+    >>> from probtensor.baselines import MaskedTucker
+    >>> from probtensor.rank_choice import choose_rank
+    >>> X = np.argwhere(np.ones((6, 5)))
+    >>> y = np.cos(X[:, 0]) * np.sin(X[:, 1])
+    >>> choice = choose_rank(MaskedTucker(tol=1e-5, random_state=0), X, y, [1, 2], folds=3, random_state=0)
+    >>> ax = plot_rank_choice(choice)
+    >>> ax.get_xlabel()
     'rank'
     """
     ax = pyplot().subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax

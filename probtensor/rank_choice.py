@@ -35,9 +35,9 @@ class RankChoice(NamedTuple):
 
     Examples
     --------
-    >>> table = pd.DataFrame({"rank": [1, 2], "bound": [-12.0, -9.5]})
-    >>> RankChoice(2, table, None).rank
-    2
+    >>> table = pd.DataFrame({"rank": [1, 2], "rmse": [0.9, 0.1]})
+    >>> RankChoice(2, table, None)._fields[:2]
+    ('rank', 'table')
     """
 
     rank: int | Sequence[int]

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 RESULTS = "benchmarks/results"
 FOLDERS = {RESULTS: "benchmarks/index.md", "tutorials": "tutorials/index.md"}  # links to a folder lead to a page
-EXPECTED = ("bayesian.md", "classical.md")  # pages with a place in the navigation that are not written yet
 
 INCLUDE = re.compile(r'^<!-- include (\S+) "([^"]+)" -->$', re.MULTILINE)
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -88,7 +87,8 @@ def relink(text: str, source: str, page: str, pages: dict[str, str]) -> str:
     def link(match: re.Match[str]) -> str:
         label, path, anchor = match.groups()
         found = target(path)
-        if found is None and not (ROOT / posixpath.dirname(source) / path).exists():
+        there = (ROOT / posixpath.dirname(source) / path).exists()
+        if found is None and not there and not path.endswith(".ipynb"):  # tutorials link to those that are to come
             return match.group()  # wrong, or a page of this site: MkDocs says which
         return f"[{label}]({found}{anchor or ''})" if found else label
 
@@ -138,7 +138,7 @@ def _printed(text: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Fill the navigation: all notebooks, all result tables, and the pages that are expected only where they exist."""
+    """Fill the navigation: all notebooks and all result tables."""
     outside = ["tutorials/index.md", *(page for page in sources() if page != "benchmarks/index.md")]
 
     def pruned(items: list[Any]) -> list[Any]:
@@ -149,7 +149,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
                 kept.append({name: pruned(value)})
             elif value in ("tutorials/", "benchmarks/"):
                 kept.append({name: [page for page in outside if page.startswith(value)]})
-            elif value not in EXPECTED or (ROOT / "docs" / value).exists():
+            else:
                 kept.append(item)
         return kept
 

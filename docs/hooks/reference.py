@@ -45,8 +45,7 @@ FAMILIES = {
         "What leads to `X` and `y`, what a column means, and how a fitted model is read again.",
         (
             *_of("probtensor", "from_dense", "from_xarray", "to_xarray", "read_table", "read_tns", "read_shard"),
-            *_of("probtensor", "ContinuousAxis", "CategoricalAxis", "Observations", "load"),
-            *_of("probtensor", "UnknownLabelWarning"),
+            *_of("probtensor", "ContinuousAxis", "CategoricalAxis", "Observations", "load", "UnknownLabelWarning"),
             "probtensor.datasets",
         ),
     ),
@@ -62,13 +61,21 @@ FAMILIES = {
     ),
     "bayesian": Family(
         "Bayesian CP and Tucker",
-        "Factors of labels with their uncertainty: [in use](../bayesian.md).",
-        (*_of("probtensor.models", "BayesianCP", "BayesianTucker"), *_of("probtensor.ordinal", "Ordinal")),
+        "Labels, with a rank that the data choose: [in use](../bayesian.md).",
+        _of("probtensor.models", "BayesianCP", "BayesianTucker"),
+    ),
+    "classical": Family(
+        "Classical decompositions",
+        "Without intervals, to start from and compare with: [in use](../classical.md).",
+        (
+            *("probtensor.baselines", "probtensor.rank_choice"),
+            *_of("probtensor.components", "Alignment", "align_components"),
+        ),
     ),
     "likelihoods": Family(
         "Likelihoods and predictive distributions",
         "How values scatter around what a model says, and what `predictive` returns.",
-        ("probtensor.likelihoods", "probtensor.predictive"),
+        ("probtensor.likelihoods", "probtensor.ordinal", "probtensor.predictive"),
     ),
     "completion": Family(
         "Completion and augmentation",
@@ -99,15 +106,6 @@ FAMILIES = {
     "plotting": Family(
         "Pictures", "Each function draws on axes that it is given or makes, and returns them.", ("probtensor.plotting",)
     ),
-    "baselines": Family(
-        "Baselines",
-        "Simple methods with the manners of the models, to compare with; components and their number.",
-        (
-            "probtensor.baselines",
-            *_of("probtensor.components", "Alignment", "align_components"),
-            "probtensor.rank_choice",
-        ),
-    ),
     "comm": Family("Several ranks", "Communicators: [on several ranks](../ranks/README.md).", ("probtensor.comm",)),
     "influence": Family(
         "Influence", "Which training rows predictions owe something to.", ("probtensor.inference.influence",)
@@ -118,8 +116,12 @@ FAMILIES = {
         (
             *("probtensor.inference.message_passing", "probtensor.inference.kalman", "probtensor.inference.evolution"),
             *("probtensor.inference.truncated_em", "probtensor.inference.state_sets", "probtensor.inference.points"),
-            *("probtensor.inference.variational", "probtensor.inference.pyro_bridge", "probtensor.inference.laplace"),
-            *("probtensor.inference.monte_carlo", "probtensor.inference.fisher", "probtensor.inference.maximize"),
+            *(
+                "probtensor.inference.variational",
+                "probtensor.inference.monte_carlo",
+                "probtensor.inference.pyro_bridge",
+            ),
+            *("probtensor.inference.laplace", "probtensor.inference.fisher", "probtensor.inference.maximize"),
         ),
     ),
 }
