@@ -102,7 +102,7 @@ def load_ozone() -> tuple[pd.DataFrame, npt.NDArray[np.float64]]:
     Examples
     --------
     >>> X, y = load_ozone()
-    >>> X.shape, X["latitude"].nunique(), y.min(), y.max()
+    >>> X.shape, X["latitude"].nunique(), float(y.min()), float(y.max())
     ((41472, 3), 24, 232.0, 390.0)
     """
     wide = _from_r("plyr", "ozone").set_index("rownames")
@@ -158,8 +158,8 @@ def load_weather(variable: str = "temperature") -> tuple[pd.DataFrame, npt.NDArr
     Examples
     --------
     >>> X, y = load_weather("wind_speed")
-    >>> X.shape, X["airport"].cat.categories.tolist(), round(y.max(), 1)
-    ((26111, 3), ['EWR', 'JFK', 'LGA'], 469.0)
+    >>> X.shape, X["airport"].cat.categories.tolist(), round(float(y.max()))
+    ((26111, 3), ['EWR', 'JFK', 'LGA'], 469)
     """
     if variable not in WEATHER:
         raise ValueError(f"variable: expected one of {list(WEATHER)}, got {variable!r}")
