@@ -178,7 +178,7 @@ def funbat(seed: int) -> FunBaT:
 
 
 def funbat_cases(quick: bool, data: Path | None) -> list[Case]:
-    ranks = (1, 2, 3, 5) if quick else (1, 2, 3, 4, 5, 7, 9)
+    ranks = (2, 5, 10) if quick else (2, 5, 10, 16, 24, 32, 40)
     references = (peer("per-mode biases", biases), peer("HistGradientBoosting", trees))
     table = peer("TensorLy PARAFAC(mask), rank chosen", parafac(ranks))
     gp = (peer("GPyTorch, sparse GP", sparse_gp),) if importlib.util.find_spec("gpytorch") else ()
