@@ -76,9 +76,10 @@ def test_one_function_has_the_bound_and_mean_of_the_dense_process() -> None:
     marginal = K + 0.09 * torch.eye(len(K), dtype=F64)
     evidence = dist.MultivariateNormal(torch.zeros(len(K), dtype=F64), marginal).log_prob(data.values)
     assert np.mean(fit.bound_history[-200:]) == pytest.approx(float(evidence), abs=0.3)
-    draws = fit.draw(guide, *rows, n_samples=500)["noise_x"]
-    means = torch.stack([prior_values(f, log_hyper, z) for z in draws]).mean(0)[:, 0]
-    torch.testing.assert_close(means, K @ torch.linalg.solve(marginal, data.values), rtol=0, atol=0.1)
+    noise = guide.get_posterior().mean.detach().reshape(noise_shape(f, 1))  # values are linear in it, and so their mean
+    means, expected = prior_values(f, log_hyper, noise)[:, 0], K @ torch.linalg.solve(marginal, data.values)
+    std = (K - K @ torch.linalg.solve(marginal, K)).diagonal().sqrt()
+    assert ((means - expected).abs() < 0.3 * std).all()
 
 
 @pytest.mark.parametrize("form", ["cp", "tucker"])
