@@ -91,9 +91,10 @@ class Delta(_Hidden, ABC):
     def update(self) -> Tucker:
         """Core, factors and scale of the Tucker form."""
 
-    @abstractmethod
     def as_dict(self) -> dict[str, Any]:
         """What files hold beside the tensors."""
+        shape, ranks = list(self.shape), list(self.ranks)
+        return {"shape": shape, "ranks": ranks, "scale": self.scale, "dropout": self.dropout}
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -166,11 +167,6 @@ class TuckerDelta(Delta):
     def update(self) -> Tucker:
         """Core, factors and scale."""
         return Tucker(self.core, self.factors, self.scale)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What files hold beside the tensors."""
-        shape, ranks = list(self.shape), list(self.ranks)
-        return {"shape": shape, "ranks": ranks, "scale": self.scale, "dropout": self.dropout}
 
     def reset_parameters(self) -> None:
         """Go back to the random start, where the update is zero; for models that were on the meta device."""

@@ -93,8 +93,7 @@ class CPDelta(Delta):
 
     def as_dict(self) -> dict[str, Any]:
         """What files hold beside the tensors."""
-        about = {"shape": list(self.shape), "ranks": [self.rank], "scale": self.scale, "dropout": self.dropout}
-        return {**about, "form": "cp"}
+        return {**super().as_dict(), "ranks": [self.rank], "form": "cp"}
 
     def reset_parameters(self) -> None:
         """Go back to the random start: orthonormal columns where there is room for them, else of their norm."""
