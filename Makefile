@@ -39,7 +39,9 @@ demo: $(INSTALLED)
 test: format-check lint types unit doctest docs notebooks
 	@echo "== make test: all stages passed =="
 
-# One thread, so that tests round alike everywhere and do not fight for cores: their matrices are tiny.
+# A process a core, a file's tests in one of them. One thread each, so that tests round alike everywhere and do not fight
+# for cores: their matrices are tiny.
+PARALLEL := --numprocesses=logical --dist=loadfile
 unit doctest docs notebooks: export OMP_NUM_THREADS ?= 1
 
 format-check: $(INSTALLED)
@@ -56,12 +58,12 @@ types: $(INSTALLED)
 
 unit: $(INSTALLED)
 	@echo "== pytest =="
-	@$(BIN)/python -m pytest -q --durations=5
+	@$(BIN)/python -m pytest -q --durations=10 $(PARALLEL)
 
 doctest: $(INSTALLED)
 	@echo "== doctests =="
 	@# These need Triton, which CPU builds of torch do not bring; their tests are test_contract_cuda.py and the like.
-	@$(BIN)/python -m pytest -q --doctest-modules probtensor --ignore probtensor/contract_cuda.py --ignore probtensor/linalg_cuda.py
+	@$(BIN)/python -m pytest -q $(PARALLEL) --doctest-modules probtensor --ignore probtensor/contract_cuda.py --ignore probtensor/linalg_cuda.py
 
 docs: $(INSTALLED)
 	@echo "== docs =="
@@ -70,7 +72,7 @@ docs: $(INSTALLED)
 notebooks: $(INSTALLED)
 	@echo "== notebooks =="
 	@if [ -n "$$(find tutorials -maxdepth 1 -name '*.ipynb' 2>/dev/null)" ]; then \
-		$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=120 tutorials; \
+		$(BIN)/python -m pytest -q $(PARALLEL) --nbmake --nbmake-timeout=120 tutorials; \
 	else echo "none in tutorials/"; fi
 
 format: $(INSTALLED)

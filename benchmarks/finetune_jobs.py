@@ -118,8 +118,8 @@ class Job:
     ----------
     name : str
     settings : Settings
-    base : dict of str to Tensor
-        Pretrained weights, all but the head's.
+    bases : list of dict of str to Tensor
+        Pretrained weights, all but the head's, of one network or several; seeds take them in turn.
     inputs : tuple of Tensor
         The network's arguments for all examples.
     labels, part, group : Tensor
@@ -128,7 +128,7 @@ class Job:
 
     name: str
     settings: Settings
-    base: dict[str, Tensor]
+    bases: list[dict[str, Tensor]]
     inputs: tuple[Tensor, ...]
     labels: Tensor
     part: Tensor
@@ -139,12 +139,13 @@ class Job:
         return int(self.labels.max()) + 1
 
     def network(self, seed: int) -> Network:
-        """The pretrained network with a fresh head, all frozen but the head."""
+        """The seed's pretrained network with a fresh head, all frozen but the head."""
         torch.manual_seed(seed)
         network = self.settings.network(self.n_classes)
         with torch.no_grad():
             network(*[each[:2].cpu() for each in self.inputs])  # lazy layers learn their shapes
-        state = self.base | {f"head.{name}": value for name, value in network.head.state_dict().items()}
+        base = self.bases[seed % len(self.bases)]
+        state = base | {f"head.{name}": value for name, value in network.head.state_dict().items()}
         network.load_state_dict(state)
         network.eval().requires_grad_(False).head.requires_grad_(True)
         return network
@@ -159,9 +160,9 @@ def load_job(data: Path, name: str, device: str = "cpu") -> Job:
     if name == "mobile":
         inputs = (mobile_inputs(arrays, x, device),)
     group = torch.from_numpy(arrays["group"] if "group" in arrays else np.arange(len(x)))
-    base = tensors(arrays, "base.")
+    bases = [tensors(arrays, f"{prefix}.") for prefix in sorted({n.split(".")[0] for n in arrays if n[:4] == "base"})]
     labels, part = (torch.from_numpy(arrays[key]).long() for key in ("y", "part"))
-    return Job(name, SETTINGS[name], base, tuple(each.to(device) for each in inputs), labels, part, group.long())
+    return Job(name, SETTINGS[name], bases, tuple(each.to(device) for each in inputs), labels, part, group.long())
 
 
 def text_inputs(arrays: Arrays, tokens: Tensor, device: str) -> tuple[Tensor, Tensor]:

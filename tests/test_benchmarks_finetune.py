@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     part = np.tile([1, 1, 2], 20)
     common = {"y": y.astype(np.uint8), "part": part}
     np.savez(folder / "mobile.npz", x=x.astype(np.uint8), **common, **arrays)
-    small = finetune_data.base_arrays(RNet(2))
+    small = finetune_data.base_arrays(RNet(2), "base")
     np.savez(folder / "digits.npz", x=x[..., 2:-2, 2:-2].astype(np.uint8), **common, **small)
     return folder
 
@@ -98,7 +98,7 @@ def test_ours_adapts_depthwise_layers_within_the_size_of_lora_and_leaves_the_bas
     assert len(times) == 2 * (len(rows) // job.settings.batch)
     for name, buffer in network.named_buffers():
         if "running" in name:
-            assert torch.equal(buffer, job.base[name])
+            assert torch.equal(buffer, job.bases[0][name])
 
 
 def test_lora_without_depthwise_layers_is_only_for_networks_that_have_them(monkeypatch):
