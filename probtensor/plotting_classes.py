@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from probtensor.drawing import COLOURS, INK, TICK_SIZE, dress, pyplot
+from probtensor.drawing import COLOURS, INK, LABEL_SIZE, dress, pyplot
 from probtensor.metrics_classes import expected_calibration_error, reliability_curve
 
 if TYPE_CHECKING:
@@ -59,6 +59,5 @@ def plot_reliability(
     ax.set_xlim(start - 0.02, 1.02)
     ax.set_ylim(-0.02, 1.02)
     dress(ax, "probability of the most probable class", "share of rows where it is right")
-    text = f"expected calibration error {100 * error:.1f} %"
-    ax.text(0.02, 0.98, text, transform=ax.transAxes, va="top", fontsize=TICK_SIZE, color=INK)
+    ax.set_title(f"expected calibration error {100 * error:.1f} %", fontsize=LABEL_SIZE, color=INK, loc="left")
     return ax

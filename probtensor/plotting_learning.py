@@ -23,8 +23,9 @@ def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
 
     Parameters
     ----------
-    model : fitted estimator
-        With ``bound_history_``, ``converged_`` and, where the bound changes its meaning, ``phase_starts_``.
+    model : fitted estimator or VariationalFit
+        With ``bound_history_``, ``converged_`` and, where the bound changes its meaning, ``phase_starts_``; or what
+        `fit_svi` returned.
     ax : matplotlib Axes, optional
         Where to draw. By default a new figure.
 
@@ -43,7 +44,8 @@ def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
     >>> plot_bound(SimpleNamespace(bound_history_=[-9.0, -4.0, -3.5], converged_=True)).get_title(loc="left")
     '-3.5 after 3 iterations, converged'
     """
-    bound = np.asarray(model.bound_history_, dtype=np.float64)
+    fitted = hasattr(model, "bound_history_")  # else what `fit_svi` returned
+    bound = np.asarray(model.bound_history_ if fitted else model.bound_history, dtype=np.float64)
     if bound.size == 0:
         raise ValueError("model: expected a bound_history_ with at least one value, got an empty one")
     ax = pyplot().subplots(figsize=(5.2, 3.6), layout="constrained")[1] if ax is None else ax
@@ -59,7 +61,7 @@ def plot_bound(model: Any, *, ax: Axes | None = None) -> Axes:
             marker="o",
             markersize=4 if bound.size <= 40 or end - first == 1 else 0,
         )
-    state = "converged" if model.converged_ else "not converged"
+    state = "converged" if (model.converged_ if fitted else model.converged) else "not converged"
     ax.set_title(f"{bound[-1]:,.1f} after {bound.size} iterations, {state}", fontsize=LABEL_SIZE, color=INK, loc="left")
     ax.locator_params(axis="x", integer=True)
     dress(ax, "iteration", "bound on the log evidence")

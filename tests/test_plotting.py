@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from probtensor.axes import CategoricalAxis, ContinuousAxis
+from probtensor.inference.variational import VariationalFit
 from probtensor.kernels import Matern
 from probtensor.plotting import (
     COLOURS,
@@ -18,6 +19,7 @@ from probtensor.plotting import (
     plot_calibration,
     plot_factors,
     plot_learning,
+    plot_main_effects,
     plot_predictions,
     plot_relevance,
 )
@@ -44,6 +46,10 @@ class Toy:
         return values[:, None] * (slopes[::-1] ** 3 if name == "back" else slopes), np.full(
             (len(values), self.rank), 0.5
         )
+
+    def main_effect(self, name, at=None):
+        mean, std = self.factor(name, at)
+        return mean[:, 0], std[:, 0]
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +114,17 @@ def test_a_categorical_mode_shows_a_point_with_a_bar_for_each_label(model):
     assert means == [[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]]
     bars = panel.containers[1].lines[2][0].get_segments()
     np.testing.assert_allclose([bar[:, 0] for bar in bars], [[-1.0, 1.0], [1.0, 3.0], [3.0, 5.0]])
+
+
+def test_main_effects_are_drawn_alone_and_on_one_scale(model):
+    cell, dose = plot_main_effects(model, n_grid=5)
+    (points,) = [line for line in cell.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(points.get_xdata(), [0, 1, 2])
+    line = next(line for line in dose.lines if line.get_linewidth() == 2.0)
+    np.testing.assert_allclose(line.get_ydata(), line.get_xdata())
+    assert cell.get_xlim() == dose.get_ylim() == pytest.approx((-1.2, 3.2))  # two deviations around 0 and 2, and 5 %
+    assert (cell.get_xlabel(), dose.get_ylabel()) == ("effect on y", "effect on y")
+    assert cell.get_legend() is None
 
 
 def test_only_the_strongest_components_are_drawn_under_their_own_numbers():
@@ -209,6 +226,11 @@ def test_the_bound_is_drawn_from_the_first_iteration(model):
     assert ax.get_title(loc="left") == "-3.5 after 3 iterations, converged"
     model.converged_ = False
     assert "not converged" in plot_bound(model, ax=ax).get_title(loc="left")
+
+
+def test_the_bound_of_variational_inference_is_drawn_too():
+    fit = VariationalFit({}, [-9.0, -5.0], False, {})
+    assert plot_bound(fit).get_title(loc="left") == "-5.0 after 2 iterations, not converged"
 
 
 def test_components_that_count_are_solid_bars(model):

@@ -19,6 +19,6 @@ def test_dots_are_the_bins_and_the_error_is_written():
     ax = plot_reliability(labels, p, 10)
     confidence, accuracy, _ = reliability_curve(labels, p, 10)
     np.testing.assert_allclose(ax.collections[-1].get_offsets(), np.column_stack([confidence, accuracy]))
-    assert ax.texts[0].get_text().startswith("expected calibration error ")
+    assert ax.get_title(loc="left").startswith("expected calibration error ")
     assert plot_reliability(labels, p, ax=ax) is ax
     matplotlib.pyplot.close("all")
