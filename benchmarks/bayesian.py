@@ -166,7 +166,7 @@ BAYESIAN_METHODS: dict[str, tuple[str, Callable[..., Found]]] = {  # name on the
     "network": ("NeuralTensorCompletion()", partial(of_model, network)),
     "cp": ("**BayesianCP()**", partial(of_model, partial(bayesian, BayesianCP))),
     "gamma": ('**BayesianCP(prior="gamma")**, of real values less their minimum', nonnegative),
-    "gammas": ('**BayesianCP(prior="gamma", n_init=6)**', partial(nonnegative, n_init=6)),
+    "gammas": ('**BayesianCP(prior="gamma", n_init=4)**', partial(nonnegative, n_init=4)),
     "tuckers": ("**BayesianTucker()**", partial(of_model, partial(bayesian, BayesianTucker))),
     "student": (
         '**BayesianCP(likelihood="student-t")**',

@@ -308,7 +308,9 @@ class FactorRegressor(TensorRegressor, ABC):
             if zeros and table.count is not None:
                 raise ValueError('sample_weight: expected None with unlisted="zero", got numbers')
             if zeros and has_repeated_cells(table, comm):
-                raise ValueError('duplicates: expected "sum" with unlisted="zero", as rows repeat cells, got others')
+                raise ValueError(
+                    f'duplicates: expected "sum" with unlisted="zero", as rows repeat cells, got {self.duplicates!r}'
+                )
             n_rows, total, square = sums.tolist()
             self._spread = math.sqrt(max(square / n_rows - (total / n_rows) ** 2, 0.0)) or 1.0
             mean = max(total / (math.prod(sizes) if zeros else n_rows), RARE)

@@ -39,12 +39,9 @@ from probtensor.models.nonnegative_tables import RectifiedNormals, chunks_of, mo
 
 __all__ = ["NonNegativeValues", "ValueRows"]
 
-NOISES = (
-    0.5,
-    0.1,
-    0.02,
-)  # shares of the values' variance that starts take for noise, in turn: with less, more columns stay
-WARM_UP = 4  # sweeps before noise and rates are learned
+NOISES = 0.5, 0.2  # shares of the variance that starts take for noise, in turn: with less, more columns stay
+PASSES = 3  # over a factor's columns in an update: with fewer, components that say the same stay apart
+WARM_UP = 4  # sweeps before the noise is learned
 LIGHT_TAILS = 16  # sweeps before tails grow heavy: till then what few rows have found looks like outliers
 LEARN_STEPS = 5
 SURE = 0.1  # standard deviation of a start's factors, in shares of their mean
@@ -143,20 +140,21 @@ class NonNegativeValues:
         return total
 
     def update(self, state: NonNegativeState, block: int, statistics: Tensor) -> NonNegativeState:
-        """Every number of a factor at its optimum given the others, column by column, and then the columns' rates."""
+        """Numbers of a factor at their optimum given the others, column by column, and rates; some times over."""
         precision, shift = unpack(statistics[:, : packed_size(self.rank)]), statistics[:, packed_size(self.rank) :]
-        table, hyper = state.tables[block], state.hyper[block]
+        table, hyper = state.tables[block], state.hyper[block].clone()
         assert isinstance(table, RectifiedNormals)
         mean = table.mean.clone()
         new = RectifiedNormals(torch.empty_like(shift), torch.empty_like(shift))
         shape, rate = self.relevance_prior
-        for r in range(self.rank):
-            own = precision[:, r, r].clamp(min=torch.finfo(shift.dtype).tiny ** 0.5)
-            rest = (precision[:, r] * mean).sum(1) - precision[:, r, r] * mean[:, r]
-            column = RectifiedNormals(shift[:, r] - rest - hyper[r].exp(), own)
-            new.shift[:, r], new.precision[:, r], mean[:, r] = *column, column.mean
-        if self.learn and state.sweep >= WARM_UP:
-            hyper = torch.log((len(mean) + shape) / (mean.sum(0) + rate))
+        for _ in range(PASSES):
+            for r in range(self.rank):
+                own = precision[:, r, r].clamp(min=torch.finfo(shift.dtype).tiny ** 0.5)
+                rest = (precision[:, r] * mean).sum(1) - precision[:, r, r] * mean[:, r]
+                column = RectifiedNormals(shift[:, r] - rest - hyper[r].exp(), own)
+                new.shift[:, r], new.precision[:, r], mean[:, r] = *column, column.mean
+                if self.learn:
+                    hyper[r] = torch.log((len(mean) + shape) / (mean[:, r].sum() + rate))
         tables = (*state.tables[:block], new, *state.tables[block + 1 :])
         return state._replace(tables=tables, hyper=(*state.hyper[:block], hyper, *state.hyper[block + 1 :]))
 
