@@ -97,8 +97,8 @@ class BayesianCP(FactorRegressor):
     with gamma posteriors; the components' weights have a prior of shape ``1 / rank``, and columns a variance that is
     learned: `probtensor.models.nonnegative_counts`. Real values: an exponential prior, gamma of shape one, whose
     posterior is normal and cut off at zero, and a mean for each column that is learned; their mean must be above zero:
-    `probtensor.models.nonnegative_values`. Starts that say the same with two components are not rare there: give
-    `n_init=4`. Standard deviations of factors are too small, since independent numbers know nothing of each other.
+    `probtensor.models.nonnegative_values`. From one start two components may end up saying the same: give
+    `n_init=4`. Standard deviations of factors are too small, about half of the true ones in small tensors.
 
     References
     ----------
