@@ -40,6 +40,8 @@ BAYESIAN_SETS = {  # name on the command line: likelihood of counts or of real v
 }
 SPECIAL = {  # methods that are for some sets only
     ("binomial", "flights"),
+    ("gammas", "il2"),
+    ("gammas", "serology"),
     ("ordinal", "movielens"),
     ("student", "serology"),
     ("student", "il2"),
@@ -98,6 +100,18 @@ def bayesian(
     return make(likelihood=likelihood, random_state=seed, progress=False, device="cpu", **settings)  # type: ignore[arg-type]
 
 
+def nonnegative(kind: str, X: Integers, y: Floats, X_test: Integers, seed: int, **settings: object) -> Found:
+    """CP with non-negative factors, of real values less their minimum."""
+    shift = 0.0 if kind == "counts" else float(y.min())
+
+    def make(seed: int, kind: str) -> TensorRegressor:
+        return bayesian(BayesianCP, seed, kind, prior="gamma", **settings)
+
+    mean, found = of_model(make, kind, X, y - shift, X_test, seed)
+    assert found is not None
+    return mean + shift, found.affine(1.0, shift) if shift else found
+
+
 def network(seed: int, kind: str) -> TensorRegressor:
     """NeuralTensorCompletion, Poisson where there are counts."""
     likelihood = "gaussian" if kind == "gaussian" else "poisson"
@@ -151,6 +165,8 @@ BAYESIAN_METHODS: dict[str, tuple[str, Callable[..., Found]]] = {  # name on the
     ),
     "network": ("NeuralTensorCompletion()", partial(of_model, network)),
     "cp": ("**BayesianCP()**", partial(of_model, partial(bayesian, BayesianCP))),
+    "gamma": ('**BayesianCP(prior="gamma")**, of real values less their minimum', nonnegative),
+    "gammas": ('**BayesianCP(prior="gamma", n_init=4)**', partial(nonnegative, n_init=4)),
     "tuckers": ("**BayesianTucker()**", partial(of_model, partial(bayesian, BayesianTucker))),
     "student": (
         '**BayesianCP(likelihood="student-t")**',

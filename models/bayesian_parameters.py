@@ -13,7 +13,7 @@ from probtensor.calibration import MIN_RESIDUALS, ScaleMixture, fit_scale_mixtur
 from probtensor.comm import Comm
 from probtensor.gaussian import Gamma
 from probtensor.intake import Table
-from probtensor.likelihoods import Likelihood, StudentT
+from probtensor.likelihoods import Likelihood, Poisson, StudentT
 from probtensor.models.factor_posterior import FactorPosterior
 from probtensor.models.funbat_parameters import resolve_likelihood
 from probtensor.models.functional_fit import MAX_HELD_OUT
@@ -26,6 +26,7 @@ from probtensor.resources import is_integer, is_number
 __all__ = [
     "GUIDES",
     "calibrate",
+    "check_nonnegative",
     "check_parameters",
     "held_out_share",
     "observation_from_state",
@@ -38,7 +39,12 @@ __all__ = [
 
 MAX_LEVELS = 100
 GUIDES = "auto", "rows", "mean_field", "low_rank", "full"
-CHOICES = {"guide": GUIDES, "relevance": ("gamma", "horseshoe")}
+CHOICES = {
+    "guide": GUIDES,
+    "relevance": ("gamma", "horseshoe"),
+    "prior": ("normal", "gamma"),
+    "unlisted": ("missing", "zero"),
+}
 
 
 def resolve_factor_likelihood(
@@ -175,7 +181,7 @@ def row_model(
 def check_parameters(given: Mapping[str, Any]) -> None:
     """Raise ValueError that names a parameter, what was expected and what came."""
     for name, choices in CHOICES.items():
-        if given[name] not in choices:
+        if name in given and given[name] not in choices:
             raise ValueError(f"{name}: expected one of {list(choices)}, got {given[name]!r}")
     for name in ("max_iter", "n_init", "n_steps"):
         if not (is_integer(given[name]) and given[name] >= 1):
@@ -194,6 +200,22 @@ def check_parameters(given: Mapping[str, Any]) -> None:
     pair = given["relevance_prior"]
     if not (isinstance(pair, Sequence) and len(pair) == 2 and all(is_number(x) and 0 <= x < math.inf for x in pair)):
         raise ValueError(f"relevance_prior: expected two numbers >= 0 (shape, rate), got {pair!r}")
+
+
+def check_nonnegative(given: Mapping[str, Any], likelihood: Likelihood) -> None:
+    """Raise ValueError for what non-negative factors cannot do, or only they can."""
+    gamma, counts = given.get("prior") == "gamma", isinstance(likelihood, Poisson)
+    if given.get("unlisted") == "zero" and not (gamma and counts):
+        raise ValueError('unlisted: expected "missing" unless prior="gamma" and likelihood="poisson", got "zero"')
+    if not gamma:
+        return
+    if not (counts or isinstance(likelihood, StudentT)):
+        raise ValueError(
+            f'likelihood: expected "gaussian", "student-t" or "poisson" with prior="gamma", got {given["likelihood"]!r}'
+        )
+    for name, only in (("guide", "auto"), ("relevance", "gamma")):
+        if given[name] != only:
+            raise ValueError(f'{name}: expected "{only}" with prior="gamma", got {given[name]!r}')
 
 
 def observation_to_state(observation: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -23,6 +23,7 @@ from probtensor.intake import Table, Where
 from probtensor.likelihoods import Likelihood
 from probtensor.models.bayesian_parameters import (
     calibrate,
+    check_nonnegative,
     check_parameters,
     held_out_share,
     observation_from_state,
@@ -46,8 +47,11 @@ from probtensor.models.factor_posterior import FactorPosterior, RowPosterior
 from probtensor.models.funbat_parameters import resolve_ranks
 from probtensor.models.funbat_state import likelihood_from_state, likelihood_to_state, read_posterior
 from probtensor.models.functional_fit import Fitted, fit
-from probtensor.models.functional_table import uniform
+from probtensor.models.functional_table import has_repeated_cells, uniform
 from probtensor.models.functional_tucker import FunctionalTucker
+from probtensor.models.nonnegative_counts import NonNegativeCounts, count_predictive, draw_counts
+from probtensor.models.nonnegative_posterior import NonNegativePosterior, fit_nonnegative, read_nonnegative
+from probtensor.models.nonnegative_values import NonNegativeValues
 from probtensor.models.observation import Observation, draw_values
 from probtensor.predictive import Predictive
 from probtensor.resources import RandomState, resolve_device, shared_generator
@@ -58,6 +62,7 @@ FloatArray = npt.NDArray[np.floating[Any]]
 PRUNE = 1e-3  # components that contribute less, in standard deviations of y, are dropped
 RELEVANT = 2e-2  # components that contribute more count for the effective rank
 DECAY = 0.01  # of the learning rate, from the first step to the last: what a guide's draws leave of noise goes with it
+RARE = 1e-6  # the least mean count
 SHOW_AFTER = 1.0  # seconds before a progress bar appears
 
 
@@ -65,6 +70,8 @@ class FactorRegressor(TensorRegressor, ABC):
     """Factorization of a tensor whose modes have labels, with a posterior over factors; see the two subclasses."""
 
     form: ClassVar[Literal["cp", "tucker"]]
+    prior: Literal["normal", "gamma"] = "normal"
+    unlisted: Literal["missing", "zero"] = "missing"
 
     rank: int | Sequence[int]
     likelihood: str | Likelihood
@@ -83,6 +90,7 @@ class FactorRegressor(TensorRegressor, ABC):
     _posterior: FactorPosterior
     _likelihood: Likelihood
     _observation: Observation | None
+    _spread: float
 
     def factor(self, name: str, at: Any = None) -> tuple[FloatArray, FloatArray]:
         """Posterior mean and standard deviation of a mode's factor, one row a label.
@@ -132,7 +140,9 @@ class FactorRegressor(TensorRegressor, ABC):
         mode, labels = self._labels(name, at)
         found = self._posterior.effect(mode, labels)
         if found is None:
-            raise ValueError("main_effect: expected a CP model of two or more modes with main_effects=True")
+            raise ValueError(
+                "main_effect: expected a CP model of two or more modes with main_effects=True and a normal prior"
+            )
         mean, variance = (x.cpu().numpy() for x in found)
         return (mean * self.y_scale_).astype(self.dtype_), (np.sqrt(variance) * self.y_scale_).astype(self.dtype_)
 
@@ -154,7 +164,7 @@ class FactorRegressor(TensorRegressor, ABC):
     def effective_rank_(self) -> int:
         """Components that matter, main effects not counted."""
         check_is_fitted(self, "axes_")
-        return int((self.relevance_ > RELEVANT * self.y_scale_).sum())
+        return int((self.relevance_ > RELEVANT * self._spread).sum())
 
     @property
     def core_(self) -> FloatArray | None:
@@ -166,19 +176,39 @@ class FactorRegressor(TensorRegressor, ABC):
     def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         params = self.get_params(deep=False)
         check_parameters(params)
-        effects = bool(self.main_effects) and len(self.axes_) > 1
+        gamma = self.prior == "gamma"
+        effects = bool(self.main_effects) and len(self.axes_) > 1 and not gamma
         self.rank_ = resolve_ranks(self.rank, self.form, self.axes_, effects)
         values = table.values
         likelihood = resolve_factor_likelihood(self.likelihood, table.precision is not None, table, comm)
+        check_nonnegative(params, likelihood)
         refuse_together(comm, lambda: likelihood.check(values))
+        self._likelihood, self._spread = likelihood, self.y_scale_
+        generator = shared_generator(self.random_state, comm)
         weights = [torch.ones_like(part.values) if part.count is None else part.count for part in table.blocks()]
         pairs = zip(weights, table.blocks(), strict=True)
-        sums = comm.sum(*add_up(torch.stack([w.sum(), (w * part.values).sum()]) for w, part in pairs))
+        sums = comm.sum(*add_up(torch.stack([(w * part.values**k).sum() for k in range(3)]) for w, part in pairs))
+        if gamma:
+            ascended = fit_nonnegative(
+                *self._nonnegative(table, sums, comm),
+                comm,
+                generator=generator,
+                held_out=held_out_share(self.calibration, likelihood, table, comm),
+                prune_below=PRUNE * self._spread / self.y_scale_ if self.learn_hyperparameters else 0.0,
+                max_iter=self.max_iter,
+                tol=self.tol,
+                n_init=self.n_init,
+                progress=self.progress,
+                checkpoints=checkpoints,
+            )
+            self._posterior, self._observation = ascended.posterior, ascended.observation
+            self.bound_history_, self.converged_ = ascended.bound_history, ascended.converged
+            self._finish(ascended.relevance)
+            return
         offset = likelihood.offset(float(sums[1] / sums[0]))
         model = row_model(self.axes_, self.rank_, self.form, effects, params, values, self.y_scale_)
         model = replace(model, likelihood=likelihood, offset=offset)
-        self._likelihood, guide = likelihood, resolve_guide(params, self.form)
-        generator = shared_generator(self.random_state, comm)
+        guide = resolve_guide(params, self.form)
         if guide == "rows":
             share = None if self.calibration == "auto" else float(self.calibration)
             fitted = self._sweep(model, table, comm, generator, share, checkpoints)
@@ -187,10 +217,7 @@ class FactorRegressor(TensorRegressor, ABC):
             relevance = fitted.relevance
         else:
             relevance = self._fit_guide(guide, model, table, comm, generator, checkpoints)
-        self.n_iter_ = len(self.bound_history_)
-        self.relevance_ = np.sort(relevance.cpu().numpy())[::-1] * self.y_scale_
-        if self.form == "cp":
-            self.rank_ = (len(self.relevance_),) * len(self.axes_)
+        self._finish(relevance)
 
     def _sweep(
         self,
@@ -260,6 +287,42 @@ class FactorRegressor(TensorRegressor, ABC):
         self.converged_ = variational.converged
         return relevance_of(found, table, comm)
 
+    def _nonnegative(
+        self, table: Table, sums: Tensor, comm: Comm
+    ) -> tuple[NonNegativeCounts | NonNegativeValues, Table]:
+        """The model with non-negative factors, and the rows as it takes them; `sums` of the values' powers 0 to 2."""
+        sizes, rank = tuple(axis.size for axis in self.axes_), self.rank_[0]
+        shape, rate = (float(x) for x in self.relevance_prior)
+        shared: dict[str, Any] = {"relevance_prior": (shape, rate), "learn": bool(self.learn_hyperparameters)}
+        model: NonNegativeCounts | NonNegativeValues
+        if self._likelihood.location_scale:
+            # Non-negative factors are of y itself, in a unit of its own but not centred.
+            table = replace(table, values=table.values + self.y_mean_ / self.y_scale_)
+            mean, self.y_mean_ = self.y_mean_, 0.0
+            if mean <= 0:
+                raise ValueError(f'y: expected values of a mean above 0 with prior="gamma", got mean {mean:g}')
+            settings = shared | {"log_scale": math.log(self.y_scale_)}
+            model = NonNegativeValues(sizes, rank, mean / self.y_scale_, self._likelihood, **settings)
+        else:
+            zeros = self.unlisted == "zero"
+            if zeros and table.count is not None:
+                raise ValueError('sample_weight: expected None with unlisted="zero", got numbers')
+            if zeros and has_repeated_cells(table, comm):
+                raise ValueError(
+                    f'duplicates: expected "sum" with unlisted="zero", as rows repeat cells, got {self.duplicates!r}'
+                )
+            n_rows, total, square = sums.tolist()
+            self._spread = math.sqrt(max(square / n_rows - (total / n_rows) ** 2, 0.0)) or 1.0
+            mean = max(total / (math.prod(sizes) if zeros else n_rows), RARE)
+            model = NonNegativeCounts(sizes, rank, mean, all_cells=zeros, **shared)
+        return model, table
+
+    def _finish(self, relevance: Tensor) -> None:
+        self.n_iter_ = len(self.bound_history_)
+        self.relevance_ = np.sort(relevance.cpu().numpy())[::-1] * self.y_scale_
+        if self.form == "cp":
+            self.rank_ = (len(self.relevance_),) * len(self.axes_)
+
     def _location_scale(self) -> bool:
         return self.likelihood != "ordinal" and resolve_factor_likelihood(self.likelihood, False).location_scale
 
@@ -277,12 +340,16 @@ class FactorRegressor(TensorRegressor, ABC):
 
     def _predictive(self, where: Where) -> Predictive:
         mean, variance = self._posterior.moments(where.positions)
+        if self._observation is None and isinstance(self._posterior, NonNegativePosterior):
+            return count_predictive(mean, variance)
         if self._observation is None:
             return self._likelihood.predictive(self._posterior.log_parameters, mean, variance)
         return self._observation.predictive(mean, variance, None)
 
     def _draw(self, where: Where, n_samples: int, generator: torch.Generator) -> Tensor:
         f = self._posterior.draw(where.positions, n_samples, generator)
+        if self._observation is None and isinstance(self._posterior, NonNegativePosterior):
+            return draw_counts(f, generator)
         if self._observation is None:
             return draw_values(self._likelihood, self._posterior.log_parameters, f, generator)
         moments = self._posterior.moments(where.positions)
@@ -305,6 +372,7 @@ class FactorRegressor(TensorRegressor, ABC):
             "params": self._params_state(),
             "rank": list(self.rank_),
             "converged": self.converged_,
+            "spread": self._spread,
             "of_rows": likelihood_to_state(self._likelihood),
         }
 
@@ -327,6 +395,13 @@ class FactorRegressor(TensorRegressor, ABC):
         self.rank_ = tuple(meta["rank"])
         self._likelihood = likelihood_from_state(meta["of_rows"])
         self._observation = observation_from_state(arrays, meta["noise"]) if "noise" in meta else None
+        self._spread = meta["spread"]
+        self.bound_history_ = arrays["bound_history"].tolist()
+        self.relevance_ = arrays["relevance"].cpu().numpy()
+        self.n_iter_, self.converged_ = len(self.bound_history_), meta["converged"]
+        if meta["posterior"] == "nonnegative":
+            self._posterior = read_nonnegative(arrays, meta)
+            return
         params, like = self.get_params(deep=False), arrays["log_parameters" if "noise" in arrays else "svi.hyper.0"]
         model = row_model(self.axes_, self.rank_, self.form, False, params, like, self.y_scale_)
         if meta["posterior"] == "rows":
@@ -336,6 +411,3 @@ class FactorRegressor(TensorRegressor, ABC):
             self._posterior = read_factors(
                 factor_model_from(meta["model"], self._likelihood), arrays, meta["posterior"]
             )
-        self.bound_history_ = arrays["bound_history"].tolist()
-        self.relevance_ = arrays["relevance"].cpu().numpy()
-        self.n_iter_, self.converged_ = len(self.bound_history_), meta["converged"]

@@ -27,30 +27,34 @@ class BayesianCP(FactorRegressor):
     axes : sequence of Axis, optional
         What the modes mean. Default: by column. Whatever the axis, each distinct value is a label of its own, floats
         and dates too: for smooth functions of them see `FunBaT`.
+    prior : {"normal", "gamma"}, default "normal"
+        Of factors. "gamma": they are not negative, and neither is ``f``, whose unit is that of y; see Notes.
     likelihood : str or Likelihood, default "gaussian"
         How values scatter: "gaussian", "student-t" (4 degrees of freedom), "bernoulli" (logit link), "poisson",
         "negative-binomial" (log link), or "ordinal": the distinct values of y are levels, with cut points between them.
+        With `prior="gamma"`: "gaussian", "student-t", or "poisson" with the rate ``f`` itself.
     relevance : {"gamma", "horseshoe"}, default "gamma"
         What makes components vanish that explain nothing: a gamma prior on one over the variance of each column, or
-        weights of components with a horseshoe prior (not with `guide="rows"`).
+        weights of components with a horseshoe prior (not with `guide="rows"` or `prior="gamma"`).
     relevance_prior : tuple of float, default (1.0, 0.001)
         Shape and rate of that gamma prior, for values standardised to one.
     main_effects : bool, default True
-        Give each mode an effect of its own beside the products.
+        Give each mode an effect of its own beside the products. Not used with `prior="gamma"`: there a component that
+        is constant in all modes but one takes its place.
     guide : {"auto", "rows", "mean_field", "low_rank", "full"}, default "auto"
         The family that the posterior is taken from. "rows": each row of a factor has a normal distribution with a full
         covariance, by closed-form updates (natural gradients where the likelihood is not conjugate). "mean_field":
         independent normals, by the gradient of a bound in closed form. "low_rank", "full": normals over all numbers, by
         Pyro's guides, given variances and noise; "full" for small tensors. The last three start from "rows". "auto":
-        "rows", or "mean_field" with the horseshoe.
+        "rows", or "mean_field" with the horseshoe. With `prior="gamma"` it must be "auto".
     calibration : float or "auto", default "auto"
         Share of the rows held out at first, to shape intervals by what predictions miss them by; then the fit goes on
         with all rows. "auto": a tenth where that is 200 rows or more, else 0. Gaussian and Student-t likelihoods only.
     max_iter : int, default 200
-        Sweeps of "rows" at most.
+        Sweeps of "rows", or of `prior="gamma"`, at most.
     tol : float, default 1e-3
         Sweeps stop when the bound changes over two of them by less than this share of itself, or of the number of rows
-        if that is more.
+        if that is more; with `prior="gamma"` and counts, by less than a tenth of that.
     n_init : int, default 1
         Starts of the sweeps; each gets ten, then the one with the highest bound goes on.
     learn_hyperparameters : bool, default True
@@ -59,6 +63,8 @@ class BayesianCP(FactorRegressor):
         Of the other guides: see `probtensor.inference.variational.fit_svi`.
     duplicates : {"observations", "error", "sum", "mean"}, default "observations"
         What rows with equal coordinates are.
+    unlisted : {"missing", "zero"}, default "missing"
+        What cells without a row are; "zero", at no more cost, with `prior="gamma"` and `likelihood="poisson"` only.
     device : str, default "auto"
         "cpu", "cuda", or a GPU where there is one.
     random_state : int, Generator, RandomState or None, default None
@@ -79,16 +85,29 @@ class BayesianCP(FactorRegressor):
         Root mean square of each component over the observed entries, in the unit of y (of the log odds or the logarithm
         for other values), strongest first.
     effective_rank_ : int
-        Components of which `relevance_` is more than 2 % of the standard deviation of y.
+        Components of which `relevance_` is more than 2 % of the standard deviation of y; with a normal prior and values
+        without a unit, than 0.02.
     axes_, y_mean_, y_scale_, n_features_in_, feature_names_in_
         See `TensorRegressor`.
+
+    Notes
+    -----
+    With `prior="gamma"` all numbers are independent in the posterior, each at its optimum in turn, in closed form; the
+    bound never falls (but for "student-t" where its tails grow heavy, after 16 sweeps). Counts: Poisson factorization,
+    with gamma posteriors; the components' weights have a prior of shape ``1 / rank``, and columns a variance that is
+    learned: `probtensor.models.nonnegative_counts`. Real values: an exponential prior, gamma of shape one, whose
+    posterior is normal and cut off at zero, and a mean for each column that is learned; their mean must be above zero:
+    `probtensor.models.nonnegative_values`. From one start two components may end up saying the same: give
+    `n_init=4`. Standard deviations of factors are too small, about half of the true ones in small tensors.
 
     References
     ----------
     Zhao, Zhang, Cichocki (2015), "Bayesian CP Factorization of Incomplete Tensors with Automatic Rank Determination",
     IEEE TPAMI 37, for the posterior by rows and the relevance. Khan, Lin (2017), "Conjugate-Computation Variational
     Inference", AISTATS, for other likelihoods. Carvalho, Polson, Scott (2010), "The horseshoe estimator for sparse
-    signals", Biometrika 97.
+    signals", Biometrika 97. Schein, Paisley, Blei, Wallach (2015), "Bayesian Poisson Tensor Factorization for Inferring
+    Multilateral Relations from Sparse Dyadic Event Counts", KDD. Brouwer, Frellsen, Lió (2017), "Comparative Study of
+    Inference Methods for Bayesian Nonnegative Matrix Factorisation", ECML, for real values with non-negative factors.
 
     Examples
     --------
@@ -100,6 +119,13 @@ class BayesianCP(FactorRegressor):
     >>> model = BayesianCP(rank=4, random_state=0).fit(X[:500], y[:500])
     >>> model.effective_rank_, bool(np.sqrt(np.mean((model.predict(X[500:]) - y[500:]) ** 2)) < 0.15)
     (1, True)
+
+    Counts as a sum of non-negative parts:
+
+    >>> counts = rng.poisson(3 * np.abs(u[X[:, 0]] * v[X[:, 1]] * w[X[:, 2]]))
+    >>> parts = BayesianCP(rank=4, prior="gamma", likelihood="poisson", random_state=0).fit(X, counts)
+    >>> parts.effective_rank_, bool(parts.factor("mode_0")[0].min() >= 0)
+    (1, True)
     """
 
     form: ClassVar[Literal["cp", "tucker"]] = "cp"
@@ -109,6 +135,7 @@ class BayesianCP(FactorRegressor):
         rank: int | Sequence[int] = 20,
         axes: Sequence[Axis] | None = None,
         *,
+        prior: Literal["normal", "gamma"] = "normal",
         likelihood: str | Likelihood = "gaussian",
         relevance: Literal["gamma", "horseshoe"] = "gamma",
         relevance_prior: tuple[float, float] = (1.0, 0.001),
@@ -123,12 +150,14 @@ class BayesianCP(FactorRegressor):
         learning_rate: float = 0.01,
         batch_size: int | None = None,
         duplicates: Duplicates = "observations",
+        unlisted: Literal["missing", "zero"] = "missing",
         device: str = "auto",
         random_state: RandomState = None,
         progress: bool = True,
     ) -> None:
         self.rank = rank
         self.axes = axes
+        self.prior = prior
         self.likelihood = likelihood
         self.relevance = relevance
         self.relevance_prior = relevance_prior
@@ -143,6 +172,7 @@ class BayesianCP(FactorRegressor):
         self.learning_rate = learning_rate
         self.batch_size = batch_size
         self.duplicates = duplicates
+        self.unlisted = unlisted
         self.device = device
         self.random_state = random_state
         self.progress = progress
@@ -153,7 +183,7 @@ class BayesianTucker(FactorRegressor):
 
     An entry is ``f = G ×_1 [1, u_1,i_1] … ×_K [1, u_K,i_K]``: the ones make room in the core ``G`` for a constant, main
     effects and interactions of fewer modes. Priors, posterior and likelihoods are those of `BayesianCP`; the core is
-    standard normal, and columns that explain nothing shrink with their variance.
+    standard normal, and columns that explain nothing shrink with their variance. Factors have either sign.
 
     Parameters
     ----------

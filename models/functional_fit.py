@@ -25,7 +25,7 @@ from probtensor.models.functional_tucker import COLD_SWEEPS, LIGHT_TAILS, WARM_U
 from probtensor.models.observation import Observation, SeenCells
 from probtensor.models.relevance import contributions, prune
 
-__all__ = ["Fitted", "everywhere", "fit", "look_at_cells", "renewed"]
+__all__ = ["Fitted", "everywhere", "fit", "look_at_cells", "no_convergence_warning", "renewed"]
 
 MAX_HELD_OUT = 20_000  # rows to calibrate on; more say nothing new
 
@@ -124,7 +124,7 @@ def fit(
 
     if not at.is_last:
         rows, cells = table_rows(model, table.take(~held))
-        with _no_convergence_warning(calibrating):
+        with no_convergence_warning(calibrating):
             result = sweeps(at, model, rows, max_iter, max(first, cold, WARM_UP) + 4)
         history, phases = result.bound_history, (0, first) if 0 < first < result.n_iter else (0,)
         smaller, state = prune(model, result.state, rows, comm, prune_below)
@@ -241,7 +241,7 @@ def everywhere(seen: SeenCells | None, comm: Comm) -> SeenCells | None:
 
 
 @contextmanager
-def _no_convergence_warning(quiet: bool) -> Iterator[None]:
+def no_convergence_warning(quiet: bool) -> Iterator[None]:
     """The fit before the last one need not converge: what counts is where the last one ends."""
     with warnings.catch_warnings():
         if quiet:

@@ -12,6 +12,8 @@ def main() -> None:
         rng = np.random.default_rng(0)
         X = np.stack([rng.integers(0, size, 600) for size in (9, 8, 7)], axis=1)
         y = np.sin(X[:, 0]) * np.cos(X[:, 1]) * (X[:, 2] - 3) + 0.1 * rng.normal(size=len(X))
+        counts = rng.poisson(np.exp(y)).astype(float)
+        positive = {"prior": "gamma", "random_state": 0, "progress": False}
         levels = np.digitize(y, [-1.0, 0.0, 1.0]).astype(float)
         ends = np.linspace(0, 600, comm.size + 1).astype(int) if comm.size > 1 else [0, 600]
         mine = slice(ends[comm.rank], ends[comm.rank + 1])
@@ -20,6 +22,8 @@ def main() -> None:
             (BayesianCP(2, guide="mean_field", n_steps=20, batch_size=150, random_state=0, progress=False), y),
             (BayesianCP(2, likelihood="ordinal", random_state=0, progress=False, tol=1e-1), levels),
             (BayesianCP(1, guide="low_rank", n_steps=10, random_state=0, progress=False, calibration=0), y),
+            (BayesianCP(3, tol=1e-2, calibration=0.4, **positive), np.exp(y)),
+            (BayesianCP(3, tol=1e-1, n_init=2, likelihood="poisson", **positive), counts),
             (BayesianTucker(2, random_state=0, progress=False, tol=1e-2), y),
         ):
             here = model.fit(X[mine], values[mine], comm=comm)
