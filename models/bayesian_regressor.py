@@ -1,13 +1,15 @@
 """The shell that Bayesian CP and Tucker share: fits, predictive distributions, factors, files."""
 
 import math
+import os
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
@@ -49,6 +51,8 @@ from probtensor.models.functional_fit import Fitted, fit
 from probtensor.models.functional_table import uniform
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.observation import Observation, draw_values
+from probtensor.models.side_information import Side, check_the_same, side_of, sides_from_state, sides_to_state
+from probtensor.models.side_rows import effects_table, side_positions, with_side_rows
 from probtensor.predictive import Predictive
 from probtensor.resources import RandomState, resolve_device, shared_generator
 
@@ -83,6 +87,92 @@ class FactorRegressor(TensorRegressor, ABC):
     _posterior: FactorPosterior
     _likelihood: Likelihood
     _observation: Observation | None
+    _given: Mapping[str, pd.DataFrame] | None
+    _sides: tuple[Side, ...]
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        side_information: Mapping[str, pd.DataFrame] | None = None,
+        noise_std: Any = None,
+        comm: Comm | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
+    ) -> Self:
+        """Fit the model to observed entries.
+
+        Parameters
+        ----------
+        X, y, sample_weight, noise_std, comm, checkpoint, checkpoint_every, resume
+            See `TensorRegressor.fit`, also for what is raised.
+        side_information : mapping of str to DataFrame, optional
+            What is known of the labels of some categorical modes: tables of numbers, strings, categories or truth
+            values, indexed by label. Rows of a factor then scatter around what their features say (`feature_effects`);
+            with a column of categories, labels of one category share a mean. Labels that no training row has may be
+            among them, and are predicted by their features; `unknown` flags them all the same. With `guide="rows"`
+            only; for T labels, p features and R components a sweep costs ``T (p + 1)² R² + ((p + 1) R)³`` operations
+            more, and (p + 1) R, main effects counted, may be 2048 at most.
+        """
+        self._given = side_information
+        try:
+            return super().fit(
+                X,
+                y,
+                sample_weight,
+                noise_std=noise_std,
+                comm=comm,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+            )
+        finally:
+            del self._given
+
+    def feature_effects(self, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Posterior mean and standard deviation of what each feature of a mode's labels adds to the rows of its factor.
+
+        Parameters
+        ----------
+        name : str
+            The mode.
+
+        Returns
+        -------
+        mean, std : DataFrame, shape (p, R)
+            A row a feature, a column a component, in the order of `factor`; for CP with main effects a last column
+            "main effect" in the unit of `main_effect`. Where the other modes' factors have a mean, components take part
+            in what a feature does on average. Numbers are per standard deviation of the feature, categories and truth
+            values against their mean over the labels; "no row" is a label without features.
+
+        Raises
+        ------
+        ValueError
+            If the mode was fitted without side information.
+
+        Examples
+        --------
+        >>> from probtensor.models import BayesianCP
+        >>> X, films = np.random.default_rng(0).integers(0, 30, (500, 2)), pd.DataFrame({"year": range(1960, 2000)})
+        >>> y = films["year"].to_numpy()[X[:, 1]] / 20
+        >>> model = BayesianCP(rank=1, random_state=0).fit(X, y, side_information={"mode_1": films})
+        >>> round(float(model.feature_effects("mode_1")[0].loc["year", "main effect"]), 2)  # 11.5 years / 20
+        0.58
+        """
+        check_is_fitted(self, "axes_")
+        mode = self._axis(name)
+        side = next((side for side in self._sides if side.mode == mode), None)
+        if side is None:
+            raise ValueError(f"name: expected a mode with side information, got {name!r}")
+        assert isinstance(self._posterior, RowPosterior)
+        components, effect = self._posterior.feature_effects(mode)
+        found = zip(components, (None, None) if effect is None else effect, strict=True)
+        labels, scale = self.axes_[mode].distinct, self.y_scale_
+        mean, std = (effects_table(side, labels, each, own, scale).astype(self.dtype_) for each, own in found)
+        return mean, std
 
     def factor(self, name: str, at: Any = None) -> tuple[FloatArray, FloatArray]:
         """Posterior mean and standard deviation of a mode's factor, one row a label.
@@ -92,8 +182,8 @@ class FactorRegressor(TensorRegressor, ABC):
         name : str
             The mode.
         at : array_like, shape (m,), optional
-            Labels, in the user's own type; one that was not seen has what the others share. Default: those of the
-            training data, in the order of ``axes_``.
+            Labels, in the user's own type; one that was not seen has what the others share, or its features say.
+            Default: those of the training data, in the order of ``axes_``.
 
         Returns
         -------
@@ -166,6 +256,13 @@ class FactorRegressor(TensorRegressor, ABC):
     def _fit(self, table: Table, comm: Comm, checkpoints: Checkpoints | None) -> None:
         params = self.get_params(deep=False)
         check_parameters(params)
+        guide, given = resolve_guide(params, self.form), self._given
+        if guide != "rows" and given is not None:
+            raise ValueError(f'side_information: expected None with guide={guide!r}, only "rows" takes tables')
+        self._sides = refuse_together(comm, lambda: side_of(given, self.axes_))
+        check_the_same(self._sides, comm)
+        if checkpoints is not None:
+            checkpoints.tell_apart([side.table.tobytes() for side in self._sides])
         effects = bool(self.main_effects) and len(self.axes_) > 1
         self.rank_ = resolve_ranks(self.rank, self.form, self.axes_, effects)
         values = table.values
@@ -175,9 +272,9 @@ class FactorRegressor(TensorRegressor, ABC):
         pairs = zip(weights, table.blocks(), strict=True)
         sums = comm.sum(*add_up(torch.stack([w.sum(), (w * part.values).sum()]) for w, part in pairs))
         offset = likelihood.offset(float(sums[1] / sums[0]))
-        model = row_model(self.axes_, self.rank_, self.form, effects, params, values, self.y_scale_)
+        model = row_model(self.axes_, self.rank_, self.form, effects, params, values, self.y_scale_, self._sides)
         model = replace(model, likelihood=likelihood, offset=offset)
-        self._likelihood, guide = likelihood, resolve_guide(params, self.form)
+        self._likelihood = likelihood
         generator = shared_generator(self.random_state, comm)
         if guide == "rows":
             share = None if self.calibration == "auto" else float(self.calibration)
@@ -273,20 +370,23 @@ class FactorRegressor(TensorRegressor, ABC):
             codes = np.array(axis.positions(at))
             if isinstance(axis, CategoricalAxis):
                 self._warn_of_unknown(axis, codes, at, stacklevel=4)
+            for side in self._sides:
+                codes = side_positions(side, axis.size, at, codes) if side.mode == mode else codes
         return mode, torch.as_tensor(codes, device=self._fitted_device())
 
     def _predictive(self, where: Where) -> Predictive:
-        mean, variance = self._posterior.moments(where.positions)
+        mean, variance = self._posterior.moments(with_side_rows(self._sides, self.axes_, where))
         if self._observation is None:
             return self._likelihood.predictive(self._posterior.log_parameters, mean, variance)
         return self._observation.predictive(mean, variance, None)
 
     def _draw(self, where: Where, n_samples: int, generator: torch.Generator) -> Tensor:
-        f = self._posterior.draw(where.positions, n_samples, generator)
+        positions = with_side_rows(self._sides, self.axes_, where)
+        f = self._posterior.draw(positions, n_samples, generator)
         if self._observation is None:
             return draw_values(self._likelihood, self._posterior.log_parameters, f, generator)
-        moments = self._posterior.moments(where.positions)
-        return self._observation.draw(f, *moments, None, list(where.positions.T), generator)
+        moments = self._posterior.moments(positions)
+        return self._observation.draw(f, *moments, None, list(positions.T), generator)
 
     def _fitted_device(self) -> torch.device:
         return self._posterior.device
@@ -301,6 +401,8 @@ class FactorRegressor(TensorRegressor, ABC):
         if self._observation is not None:
             of_noise, about = observation_to_state(self._observation)
             arrays, meta = arrays | of_noise, meta | {"noise": about}
+        of_sides, about = sides_to_state(self._sides)
+        arrays, meta = arrays | of_sides, meta | about
         return arrays, meta | {
             "params": self._params_state(),
             "rank": list(self.rank_),
@@ -328,7 +430,8 @@ class FactorRegressor(TensorRegressor, ABC):
         self._likelihood = likelihood_from_state(meta["of_rows"])
         self._observation = observation_from_state(arrays, meta["noise"]) if "noise" in meta else None
         params, like = self.get_params(deep=False), arrays["log_parameters" if "noise" in arrays else "svi.hyper.0"]
-        model = row_model(self.axes_, self.rank_, self.form, False, params, like, self.y_scale_)
+        self._sides = sides_from_state(arrays, meta)
+        model = row_model(self.axes_, self.rank_, self.form, False, params, like, self.y_scale_, self._sides)
         if meta["posterior"] == "rows":
             model, state, _ = read_posterior(model, arrays, meta)
             self._posterior = RowPosterior(model, state)
