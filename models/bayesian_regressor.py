@@ -5,6 +5,7 @@ import os
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -53,6 +54,7 @@ from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.observation import Observation, draw_values
 from probtensor.models.side_information import Side, check_the_same, side_of, sides_from_state, sides_to_state
 from probtensor.models.side_rows import effects_table, side_positions, with_side_rows
+from probtensor.models.tucker_start import start_from_components
 from probtensor.predictive import Predictive
 from probtensor.resources import RandomState, resolve_device, shared_generator
 
@@ -299,6 +301,8 @@ class FactorRegressor(TensorRegressor, ABC):
         checkpoints: Checkpoints | None,
     ) -> Fitted:
         """Message passing, with a share of the rows held out at first to calibrate on."""
+        settings = self.max_iter, self.tol, self.n_init
+        start = partial(start_from_components, model, comm=comm, settings=settings, generator=generator)
         return fit(
             model,
             table,
@@ -311,6 +315,7 @@ class FactorRegressor(TensorRegressor, ABC):
             n_init=self.n_init,
             progress=self.progress,
             checkpoints=checkpoints,
+            start=None if self.form == "cp" else start,
         )
 
     def _fit_guide(

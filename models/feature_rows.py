@@ -53,6 +53,11 @@ class FeatureRows(LatentFunctions):
     def size(self) -> int:  # noqa: D102 - inherited
         return self._size
 
+    @property
+    def most_functions(self) -> int:
+        """Latent functions R at most, by `MAX_UNKNOWNS`."""
+        return MAX_UNKNOWNS // self._design.shape[1]
+
     def everywhere(self) -> Tensor:  # noqa: D102
         return torch.arange(self._size, device=self._design.device)
 
