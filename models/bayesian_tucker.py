@@ -159,8 +159,8 @@ class BayesianTucker(FactorRegressor):
     Parameters
     ----------
     rank : int or sequence of int, default 3
-        Columns of all modes' factors, or of each mode's. More of them often predict better, where
-        `benchmarks/results/bayesian.md` has examples; cost grows with the product of the ranks, squared.
+        Columns of all modes' factors, or of each mode's. More of them often predict better; cost grows with the square
+        of the ranks' product.
     axes : sequence of Axis, optional
         What the modes mean. Default: by column. Whatever the axis, each distinct value is a label of its own, floats
         and dates too: for smooth functions of them see `FunBaT`.
