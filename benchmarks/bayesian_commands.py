@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.bayesian import BAYESIAN_METHODS, BAYESIAN_SETS, bayesian_lines, planted_lines
+from benchmarks.bayesian import BAYESIAN_METHODS, BAYESIAN_SETS, bayesian_lines, cold_lines, planted_lines
 from benchmarks.commands import Out, app, machine, report
 from benchmarks.completion_commands import Cells, Seeds, Sets
 
@@ -18,6 +18,7 @@ def bayesian(
     seeds: Seeds = "0",
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = ALL_METHODS,
     planted: Annotated[int, typer.Option(help="Tensors of a planted rank; 0 for none.")] = 10,
+    cold: Annotated[int, typer.Option(help="Splits with whole films held out, with features; 0 for none.")] = 0,
     out: Out = None,
 ) -> None:
     """Bayesian CP and Tucker against effects, TensorLy and networks: errors, densities, intervals, planted rank."""
@@ -27,4 +28,6 @@ def bayesian(
         lines += bayesian_lines(data, sets.split(","), numbers, methods.split(","))
     if planted:
         lines += planted_lines(planted)
+    if cold:
+        lines += cold_lines(cold)
     report([f"{machine('cpu')}, one thread", "", *lines], out)

@@ -15,11 +15,14 @@ from probtensor.gaussian import Gamma
 from probtensor.intake import Table
 from probtensor.likelihoods import Likelihood, Poisson, StudentT
 from probtensor.models.factor_posterior import FactorPosterior
+from probtensor.models.feature_rows import MAX_UNKNOWNS, FeatureRows
 from probtensor.models.funbat_parameters import resolve_likelihood
 from probtensor.models.functional_fit import MAX_HELD_OUT
 from probtensor.models.functional_tucker import FunctionalTucker
-from probtensor.models.latent_functions import ExchangeableRows
+from probtensor.models.latent_functions import ExchangeableRows, LatentFunctions
 from probtensor.models.observation import Observation
+from probtensor.models.side_information import Side
+from probtensor.models.side_rows import scaled_features
 from probtensor.ordinal import Ordinal
 from probtensor.resources import is_integer, is_number
 
@@ -141,6 +144,7 @@ def row_model(
     params: Mapping[str, Any],
     like: Tensor,
     scale: float,
+    sides: Sequence[Side] = (),
 ) -> FunctionalTucker:
     """The model whose modes have a row a label, whatever the axis is; likelihood and offset are left out.
 
@@ -158,16 +162,24 @@ def row_model(
         Gives dtype and device.
     scale : float
         Unit of the standardised values.
+    sides : sequence of Side
+        Features of labels, for some modes.
+
+    Raises
+    ------
+    ValueError
+        If a mode has too many features for its rank.
     """
     K, extra = len(axes), int(main_effects)
     if form == "tucker":
         columns = [[False] * extra + [True] * rank for rank in ranks]
     else:
         columns = [[True] * ranks[0] + [j == k for j in range(K)] * extra for k in range(K)]
+    rows = {side.mode: _with_features(side, axes[side.mode], sum(columns[side.mode]), like) for side in sides}
     one = like.new_ones(())
     shape, rate = (float(x) for x in params["relevance_prior"])
     return FunctionalTucker(
-        functions=tuple(ExchangeableRows(axis.size, like) for axis in axes),
+        functions=tuple(rows.get(k, ExchangeableRows(axis.size, like)) for k, axis in enumerate(axes)),
         free=tuple(torch.tensor(column, device=like.device) for column in columns),
         form=form,
         noise_prior=Gamma(one, one),
@@ -176,6 +188,16 @@ def row_model(
         relevance_prior=(shape, rate),
         pairs=True,
     )
+
+
+def _with_features(side: Side, axis: Axis, rank: int, like: Tensor) -> LatentFunctions:
+    """Prior of the rows of a mode, of which `rank` columns are latent."""
+    most, p = MAX_UNKNOWNS // rank - 1, len(side.names)
+    if p > most:
+        said = f"side_information[{axis.name!r}]"
+        raise ValueError(f"{said}: expected at most {most} features with {rank} columns of its factor, got {p}")
+    features, _ = scaled_features(side, axis.distinct)
+    return FeatureRows(axis.size, torch.from_numpy(features).to(like))
 
 
 def check_parameters(given: Mapping[str, Any]) -> None:

@@ -1,58 +1,51 @@
 """The shell that Bayesian CP and Tucker share: fits, predictive distributions, factors, files."""
 
 import math
+import os
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
-from tqdm import tqdm
 
 from probtensor.axes import CategoricalAxis
 from probtensor.blocks import add_up
-from probtensor.calibration import ScaleMixture
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm, refuse_together
 from probtensor.estimator import TensorRegressor
 from probtensor.intake import Table, Where
 from probtensor.likelihoods import Likelihood
+from probtensor.models.bayesian_fit import fit_by_guide, fit_rows
 from probtensor.models.bayesian_parameters import (
-    calibrate,
     check_nonnegative,
     check_parameters,
     held_out_share,
     observation_from_state,
-    observation_of,
     observation_to_state,
     resolve_factor_likelihood,
     resolve_guide,
     row_model,
 )
 from probtensor.models.factor_guides import (
-    Guide,
-    MeanField,
-    factor_model,
     factor_model_from,
-    fit_guide,
     read_factors,
-    relevance_of,
-    start_parameters,
 )
 from probtensor.models.factor_posterior import FactorPosterior, RowPosterior
 from probtensor.models.funbat_parameters import resolve_ranks
 from probtensor.models.funbat_state import likelihood_from_state, likelihood_to_state, read_posterior
-from probtensor.models.functional_fit import Fitted, fit
-from probtensor.models.functional_table import has_repeated_cells, uniform
-from probtensor.models.functional_tucker import FunctionalTucker
+from probtensor.models.functional_table import has_repeated_cells
 from probtensor.models.nonnegative_counts import NonNegativeCounts, count_predictive, draw_counts
 from probtensor.models.nonnegative_posterior import NonNegativePosterior, fit_nonnegative, read_nonnegative
 from probtensor.models.nonnegative_values import NonNegativeValues
 from probtensor.models.observation import Observation, draw_values
+from probtensor.models.side_information import Side, check_the_same, side_of, sides_from_state, sides_to_state
+from probtensor.models.side_rows import effects_table, side_positions, with_side_rows
 from probtensor.predictive import Predictive
 from probtensor.resources import RandomState, resolve_device, shared_generator
 
@@ -91,6 +84,92 @@ class FactorRegressor(TensorRegressor, ABC):
     _likelihood: Likelihood
     _observation: Observation | None
     _spread: float
+    _given: Mapping[str, pd.DataFrame] | None
+    _sides: tuple[Side, ...]
+
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        side_information: Mapping[str, pd.DataFrame] | None = None,
+        noise_std: Any = None,
+        comm: Comm | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
+    ) -> Self:
+        """Fit the model to observed entries.
+
+        Parameters
+        ----------
+        X, y, sample_weight, noise_std, comm, checkpoint, checkpoint_every, resume
+            See `TensorRegressor.fit`, also for what is raised.
+        side_information : mapping of str to DataFrame, optional
+            What is known of the labels of some categorical modes: tables of numbers, strings, categories or truth
+            values, indexed by label. Rows of a factor then scatter around what their features say (`feature_effects`);
+            with a column of categories, labels of one category share a mean. Labels that no training row has may be
+            among them, and are predicted by their features; `unknown` flags them all the same. With `guide="rows"`
+            only; for T labels, p features and R components a sweep costs ``T (p + 1)² R² + ((p + 1) R)³`` operations
+            more, and (p + 1) R, main effects counted, may be 2048 at most.
+        """
+        self._given = side_information
+        try:
+            return super().fit(
+                X,
+                y,
+                sample_weight,
+                noise_std=noise_std,
+                comm=comm,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+            )
+        finally:
+            del self._given
+
+    def feature_effects(self, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Posterior mean and standard deviation of what each feature of a mode's labels adds to the rows of its factor.
+
+        Parameters
+        ----------
+        name : str
+            The mode.
+
+        Returns
+        -------
+        mean, std : DataFrame, shape (p, R)
+            A row a feature, a column a component, in the order of `factor`; for CP with main effects a last column
+            "main effect" in the unit of `main_effect`. Where the other modes' factors have a mean, components take part
+            in what a feature does on average. Numbers are per standard deviation of the feature, categories and truth
+            values against their mean over the labels; "no row" is a label without features.
+
+        Raises
+        ------
+        ValueError
+            If the mode was fitted without side information.
+
+        Examples
+        --------
+        >>> from probtensor.models import BayesianCP
+        >>> X, films = np.random.default_rng(0).integers(0, 30, (500, 2)), pd.DataFrame({"year": range(1960, 2000)})
+        >>> y = films["year"].to_numpy()[X[:, 1]] / 20
+        >>> model = BayesianCP(rank=1, random_state=0).fit(X, y, side_information={"mode_1": films})
+        >>> round(float(model.feature_effects("mode_1")[0].loc["year", "main effect"]), 2)  # 11.5 years / 20
+        0.58
+        """
+        check_is_fitted(self, "axes_")
+        mode = self._axis(name)
+        side = next((side for side in self._sides if side.mode == mode), None)
+        if side is None:
+            raise ValueError(f"name: expected a mode with side information, got {name!r}")
+        assert isinstance(self._posterior, RowPosterior)
+        components, effect = self._posterior.feature_effects(mode)
+        found = zip(components, (None, None) if effect is None else effect, strict=True)
+        labels, scale = self.axes_[mode].distinct, self.y_scale_
+        mean, std = (effects_table(side, labels, each, own, scale).astype(self.dtype_) for each, own in found)
+        return mean, std
 
     def factor(self, name: str, at: Any = None) -> tuple[FloatArray, FloatArray]:
         """Posterior mean and standard deviation of a mode's factor, one row a label.
@@ -100,8 +179,8 @@ class FactorRegressor(TensorRegressor, ABC):
         name : str
             The mode.
         at : array_like, shape (m,), optional
-            Labels, in the user's own type; one that was not seen has what the others share. Default: those of the
-            training data, in the order of ``axes_``.
+            Labels, in the user's own type; one that was not seen has what the others share, or its features say.
+            Default: those of the training data, in the order of ``axes_``.
 
         Returns
         -------
@@ -177,6 +256,14 @@ class FactorRegressor(TensorRegressor, ABC):
         params = self.get_params(deep=False)
         check_parameters(params)
         gamma = self.prior == "gamma"
+        guide, given = resolve_guide(params, self.form), self._given
+        if given is not None and (gamma or guide != "rows"):
+            only = 'prior="gamma", only "normal"' if gamma else f'guide={guide!r}, only "rows"'
+            raise ValueError(f"side_information: expected None with {only} takes tables")
+        self._sides = refuse_together(comm, lambda: side_of(given, self.axes_))
+        check_the_same(self._sides, comm)
+        if checkpoints is not None:
+            checkpoints.tell_apart([side.table.tobytes() for side in self._sides])
         effects = bool(self.main_effects) and len(self.axes_) > 1 and not gamma
         self.rank_ = resolve_ranks(self.rank, self.form, self.axes_, effects)
         values = table.values
@@ -188,104 +275,24 @@ class FactorRegressor(TensorRegressor, ABC):
         weights = [torch.ones_like(part.values) if part.count is None else part.count for part in table.blocks()]
         pairs = zip(weights, table.blocks(), strict=True)
         sums = comm.sum(*add_up(torch.stack([(w * part.values**k).sum() for k in range(3)]) for w, part in pairs))
+        shared: dict[str, Any] = {"generator": generator, "checkpoints": checkpoints}
         if gamma:
-            ascended = fit_nonnegative(
-                *self._nonnegative(table, sums, comm),
-                comm,
-                generator=generator,
-                held_out=held_out_share(self.calibration, likelihood, table, comm),
-                prune_below=PRUNE * self._spread / self.y_scale_ if self.learn_hyperparameters else 0.0,
-                max_iter=self.max_iter,
-                tol=self.tol,
-                n_init=self.n_init,
-                progress=self.progress,
-                checkpoints=checkpoints,
-            )
-            self._posterior, self._observation = ascended.posterior, ascended.observation
-            self.bound_history_, self.converged_ = ascended.bound_history, ascended.converged
-            self._finish(ascended.relevance)
-            return
-        offset = likelihood.offset(float(sums[1] / sums[0]))
-        model = row_model(self.axes_, self.rank_, self.form, effects, params, values, self.y_scale_)
-        model = replace(model, likelihood=likelihood, offset=offset)
-        guide = resolve_guide(params, self.form)
-        if guide == "rows":
-            share = None if self.calibration == "auto" else float(self.calibration)
-            fitted = self._sweep(model, table, comm, generator, share, checkpoints)
-            self._posterior, self._observation = RowPosterior(fitted.model, fitted.state), fitted.observation
-            self.bound_history_, self.converged_ = fitted.bound_history, fitted.converged
-            relevance = fitted.relevance
+            nonnegative, rows = self._nonnegative(table, sums, comm)
+            held_out = held_out_share(self.calibration, likelihood, table, comm)
+            least = PRUNE * self._spread / self.y_scale_
+            found = fit_nonnegative(nonnegative, rows, comm, params, held_out=held_out, prune_below=least, **shared)
         else:
-            relevance = self._fit_guide(guide, model, table, comm, generator, checkpoints)
-        self._finish(relevance)
-
-    def _sweep(
-        self,
-        model: FunctionalTucker,
-        table: Table,
-        comm: Comm,
-        generator: torch.Generator,
-        share: float | None,
-        checkpoints: Checkpoints | None,
-    ) -> Fitted:
-        """Message passing, with a share of the rows held out at first to calibrate on."""
-        return fit(
-            model,
-            table,
-            comm,
-            generator=generator,
-            held_out=share,
-            prune_below=PRUNE if self.learn_hyperparameters else 0.0,
-            max_iter=self.max_iter,
-            tol=self.tol,
-            n_init=self.n_init,
-            progress=self.progress,
-            checkpoints=checkpoints,
-        )
-
-    def _fit_guide(
-        self,
-        guide: Guide,
-        rows: FunctionalTucker,
-        table: Table,
-        comm: Comm,
-        generator: torch.Generator,
-        checkpoints: Checkpoints | None,
-    ) -> Tensor:
-        """Variational inference that starts from message passing; the components' relevance, (R,)."""
-        # From a copy: sweeps are those of guide="rows" with the same seed, if no rows are held out.
-        seed = int(torch.randint(2**62, (1,), generator=torch.Generator().set_state(generator.get_state())))
-        held = uniform(table.key, seed) < held_out_share(self.calibration, self._likelihood, table, comm)
-        calibrating = bool(comm.sum(held.sum()[None].double()) > 0)
-        fitted = self._sweep(rows, table.take(~held), comm, generator, 0.0, None)
-        swept = RowPosterior(fitted.model, fitted.state)
-        model = factor_model(swept, self.relevance)
-        start = start_parameters(swept, model)
-        mixture: tuple[ScaleMixture, ...] = ()
-        settings: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "random_state": seed % 2**31,
-        }
-        with tqdm(desc="steps", delay=SHOW_AFTER, disable=not (self.progress and comm.is_root)) as bar:
-
-            def report(step: int, bound: float) -> None:
-                bar.set_postfix(bound=f"{bound:.6g}", refresh=False)
-                bar.update()
-
-            settings |= {"report": report, "decay": DECAY}
-            if calibrating:
-                found, _ = fit_guide(model, guide, start, table.take(~held), comm, n_steps=self.n_steps, **settings)
-                mixture = calibrate(self._likelihood, found, table.take(held), comm)
-                start = dict(found.parameters) if isinstance(found, MeanField) else start
-            steps = max(self.n_steps // 2, 1) if calibrating else self.n_steps
-            found, variational = fit_guide(model, guide, start, table, comm, checkpoints, n_steps=steps, **settings)
-        self._posterior = found
-        self._observation = observation_of(self._likelihood, found.log_parameters, mixture)
-        n_rows = float(comm.sum(table.values.new_tensor([float(len(table.values))])))
-        self.bound_history_ = [bound - n_rows * math.log(self.y_scale_) for bound in variational.bound_history]
-        self.converged_ = variational.converged
-        return relevance_of(found, table, comm)
+            offset = likelihood.offset(float(sums[1] / sums[0]))
+            model = row_model(self.axes_, self.rank_, self.form, effects, params, values, self.y_scale_, self._sides)
+            model = replace(model, likelihood=likelihood, offset=offset)
+            fit = fit_rows if guide == "rows" else fit_by_guide
+            found = fit(model, table, comm, params, prune_below=PRUNE, **shared)
+        self._posterior, self._observation = found.posterior, found.observation
+        self.bound_history_, self.converged_ = found.bound_history, found.converged
+        self.n_iter_ = len(self.bound_history_)
+        self.relevance_ = np.sort(found.relevance.cpu().numpy())[::-1] * self.y_scale_
+        if self.form == "cp":
+            self.rank_ = (len(self.relevance_),) * len(self.axes_)
 
     def _nonnegative(
         self, table: Table, sums: Tensor, comm: Comm
@@ -317,12 +324,6 @@ class FactorRegressor(TensorRegressor, ABC):
             model = NonNegativeCounts(sizes, rank, mean, all_cells=zeros, **shared)
         return model, table
 
-    def _finish(self, relevance: Tensor) -> None:
-        self.n_iter_ = len(self.bound_history_)
-        self.relevance_ = np.sort(relevance.cpu().numpy())[::-1] * self.y_scale_
-        if self.form == "cp":
-            self.rank_ = (len(self.relevance_),) * len(self.axes_)
-
     def _location_scale(self) -> bool:
         return self.likelihood != "ordinal" and resolve_factor_likelihood(self.likelihood, False).location_scale
 
@@ -336,10 +337,12 @@ class FactorRegressor(TensorRegressor, ABC):
             codes = np.array(axis.positions(at))
             if isinstance(axis, CategoricalAxis):
                 self._warn_of_unknown(axis, codes, at, stacklevel=4)
+            for side in self._sides:
+                codes = side_positions(side, axis.size, at, codes) if side.mode == mode else codes
         return mode, torch.as_tensor(codes, device=self._fitted_device())
 
     def _predictive(self, where: Where) -> Predictive:
-        mean, variance = self._posterior.moments(where.positions)
+        mean, variance = self._posterior.moments(with_side_rows(self._sides, self.axes_, where))
         if self._observation is None and isinstance(self._posterior, NonNegativePosterior):
             return count_predictive(mean, variance)
         if self._observation is None:
@@ -347,13 +350,14 @@ class FactorRegressor(TensorRegressor, ABC):
         return self._observation.predictive(mean, variance, None)
 
     def _draw(self, where: Where, n_samples: int, generator: torch.Generator) -> Tensor:
-        f = self._posterior.draw(where.positions, n_samples, generator)
+        positions = with_side_rows(self._sides, self.axes_, where)
+        f = self._posterior.draw(positions, n_samples, generator)
         if self._observation is None and isinstance(self._posterior, NonNegativePosterior):
             return draw_counts(f, generator)
         if self._observation is None:
             return draw_values(self._likelihood, self._posterior.log_parameters, f, generator)
-        moments = self._posterior.moments(where.positions)
-        return self._observation.draw(f, *moments, None, list(where.positions.T), generator)
+        moments = self._posterior.moments(positions)
+        return self._observation.draw(f, *moments, None, list(positions.T), generator)
 
     def _fitted_device(self) -> torch.device:
         return self._posterior.device
@@ -368,6 +372,8 @@ class FactorRegressor(TensorRegressor, ABC):
         if self._observation is not None:
             of_noise, about = observation_to_state(self._observation)
             arrays, meta = arrays | of_noise, meta | {"noise": about}
+        of_sides, about = sides_to_state(self._sides)
+        arrays, meta = arrays | of_sides, meta | about
         return arrays, meta | {
             "params": self._params_state(),
             "rank": list(self.rank_),
@@ -399,11 +405,12 @@ class FactorRegressor(TensorRegressor, ABC):
         self.bound_history_ = arrays["bound_history"].tolist()
         self.relevance_ = arrays["relevance"].cpu().numpy()
         self.n_iter_, self.converged_ = len(self.bound_history_), meta["converged"]
+        self._sides = sides_from_state(arrays, meta)
         if meta["posterior"] == "nonnegative":
             self._posterior = read_nonnegative(arrays, meta)
             return
         params, like = self.get_params(deep=False), arrays["log_parameters" if "noise" in arrays else "svi.hyper.0"]
-        model = row_model(self.axes_, self.rank_, self.form, False, params, like, self.y_scale_)
+        model = row_model(self.axes_, self.rank_, self.form, False, params, like, self.y_scale_, self._sides)
         if meta["posterior"] == "rows":
             model, state, _ = read_posterior(model, arrays, meta)
             self._posterior = RowPosterior(model, state)

@@ -183,12 +183,14 @@ class BayesianTucker(FactorRegressor):
 
     An entry is ``f = G ×_1 [1, u_1,i_1] … ×_K [1, u_K,i_K]``: the ones make room in the core ``G`` for a constant, main
     effects and interactions of fewer modes. Priors, posterior and likelihoods are those of `BayesianCP`; the core is
-    standard normal, and columns that explain nothing shrink with their variance. Factors have either sign.
+    standard normal, and columns that explain nothing shrink with their variance. Sweeps start from the components of a
+    CP fit, of which each mode keeps the strongest directions. Factors have either sign.
 
     Parameters
     ----------
     rank : int or sequence of int, default 3
-        Columns of all modes' factors, or of each mode's.
+        Columns of all modes' factors, or of each mode's. More of them often predict better; cost grows with the square
+        of the ranks' product.
     axes : sequence of Axis, optional
         What the modes mean. Default: by column. Whatever the axis, each distinct value is a label of its own, floats
         and dates too: for smooth functions of them see `FunBaT`.
@@ -217,7 +219,7 @@ class BayesianTucker(FactorRegressor):
         Sweeps stop when the bound changes over two of them by less than this share of itself, or of the number of rows
         if that is more.
     n_init : int, default 1
-        Starts of the sweeps; each gets ten, then the one with the highest bound goes on.
+        Starts of the CP fit; each gets ten sweeps, then the one with the highest bound goes on.
     learn_hyperparameters : bool, default True
         Whether the columns' variances are learned; else they are one, and 0.01 for what labels share.
     n_steps, learning_rate, batch_size : int, float, int or None; default 1000, 0.01, None

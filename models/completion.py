@@ -22,17 +22,24 @@ from probtensor.data import Duplicates
 from probtensor.estimator import TensorRegressor
 from probtensor.inference.influence import Preconditioner
 from probtensor.intake import Table, Where, row_keys
-from probtensor.models.completion_files import fitted_from_state, fitted_to_state, sides_from_state, sides_to_state
+from probtensor.models.completion_files import fitted_from_state, fitted_to_state
 from probtensor.models.completion_findings import Findings
 from probtensor.models.completion_fit import fit_completion, moments
 from probtensor.models.completion_groups import Data
 from probtensor.models.completion_influence import row_influence
-from probtensor.models.completion_inputs import bin_edges, check_the_same, distinct_keys, encode, n_labels
+from probtensor.models.completion_inputs import bin_edges, distinct_keys, encode, n_labels
 from probtensor.models.completion_links import Likelihood, check_values
 from probtensor.models.completion_progress import Progress
 from probtensor.models.completion_settings import Settings, settings_of
-from probtensor.models.completion_side import side_codes, side_features, side_of
 from probtensor.models.completion_stacking import discrete
+from probtensor.models.side_information import (
+    check_the_same,
+    side_codes,
+    side_features,
+    side_of,
+    sides_from_state,
+    sides_to_state,
+)
 from probtensor.predictive import NormalMixture, Predictive
 from probtensor.resources import RandomState, resolve_device, shared_generator
 
@@ -286,8 +293,10 @@ class NeuralTensorCompletion(Findings, TensorRegressor):
         validation, side_information = self._given
         positions = table.positions.cpu().numpy()
         self._edges = bin_edges(self.axes_)
+        if len(set(comm.gather_bytes(b"no" if validation is None else b"yes"))) > 1:
+            raise ValueError("X_val: expected validation rows, of which there may be none, on every rank or on no rank")
         self._sides = refuse_together(comm, lambda: side_of(side_information, self.axes_))
-        check_the_same(self._sides, validation is not None, comm)
+        check_the_same(self._sides, comm)
         encoded = [
             axis.coordinates[at] if isinstance(axis, ContinuousAxis) else at
             for axis, at in zip(self.axes_, positions.T, strict=True)

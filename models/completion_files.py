@@ -1,13 +1,11 @@
 """A fitted neural completion as arrays and JSON values, and back."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from probtensor.axes import CategoricalAxis, axis_from_state
 from probtensor.calibration import ScaleMixture
 from probtensor.models.completion_effects import Effects
 from probtensor.models.completion_fit import Fitted
@@ -15,10 +13,9 @@ from probtensor.models.completion_groups import Group
 from probtensor.models.completion_network import Kind
 from probtensor.models.completion_pairs import PairFactors
 from probtensor.models.completion_products import FloatArray, Products
-from probtensor.models.completion_side import Side
 from probtensor.models.completion_stacking import Spread
 
-__all__ = ["fitted_from_state", "fitted_to_state", "sides_from_state", "sides_to_state"]
+__all__ = ["fitted_from_state", "fitted_to_state"]
 
 OF_EFFECTS = "known", "effects", "weights"  # one array for each subset of modes
 
@@ -101,19 +98,3 @@ def fitted_from_state(arrays: dict[str, Tensor], meta: dict[str, Any], device: t
         products = Products(meta["products"], *tables("of_label", "of_all"))
     weights = arrays["weights"].numpy()
     return Fitted(effects, groups, weights, mixture, meta["n_members"], meta["likelihood"], spread, pairs, products)
-
-
-def sides_to_state(sides: Sequence[Side]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Arrays and JSON values of the features of labels."""
-    arrays = {f"side.{j}": torch.from_numpy(side.table) for j, side in enumerate(sides)}
-    return arrays, {"sides": [[side.mode, side.axis.to_state(), list(side.features)] for side in sides]}
-
-
-def sides_from_state(arrays: dict[str, Tensor], meta: dict[str, Any]) -> tuple[Side, ...]:
-    """What `sides_to_state` was given."""
-    sides = []
-    for j, (mode, state, names) in enumerate(meta["sides"]):
-        axis = axis_from_state(state)
-        assert isinstance(axis, CategoricalAxis)
-        sides.append(Side(mode, axis, tuple(names), arrays[f"side.{j}"].numpy()))
-    return tuple(sides)

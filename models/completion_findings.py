@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_is_fitted
 from probtensor.axes import Axis
 from probtensor.models.completion_fit import Fitted
 from probtensor.models.completion_settings import Settings
-from probtensor.models.completion_side import Side
+from probtensor.models.side_information import Side
 
 __all__ = ["Findings"]
 

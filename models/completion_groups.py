@@ -12,8 +12,8 @@ from probtensor.blocks import mixed
 from probtensor.comm import Comm
 from probtensor.models.completion_network import Kind, Parameters, Rows, fill_unknown, initial, predict
 from probtensor.models.completion_settings import Settings
-from probtensor.models.completion_side import Side
 from probtensor.models.completion_training import Fit, State, train
+from probtensor.models.side_information import Side
 
 __all__ = ["Data", "Group", "head_features", "kinds_of", "train_group"]
 

@@ -1,7 +1,5 @@
 """What neural tensor completion knows of a coordinate: a label, and smooth features of continuous modes."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +10,8 @@ import torch
 
 from probtensor.axes import Axis, ContinuousAxis
 from probtensor.blocks import scramble
-from probtensor.comm import Comm
-from probtensor.models.completion_side import Side
 
-__all__ = ["bin_edges", "check_the_same", "distinct_keys", "encode", "n_labels"]
+__all__ = ["bin_edges", "distinct_keys", "encode", "n_labels"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -79,18 +75,6 @@ def distinct_keys(keys: IntArray, weight: FloatArray) -> IntArray:
     found = np.empty(len(keys), dtype=np.int64)
     found[order] = scramble(torch.from_numpy(keys[order] * 1_000_003 + place)).numpy()
     return found
-
-
-def check_the_same(sides: Sequence[Side], validates: bool, comm: Comm) -> None:
-    """Raise ValueError, on all ranks, where they differ in side information, or some have validation rows alone."""
-    if len(set(comm.gather_bytes(b"yes" if validates else b"no"))) > 1:
-        raise ValueError("X_val: expected validation rows, of which there may be none, on every rank or on no rank")
-    digest = hashlib.sha256()
-    for side in sides:
-        digest.update(json.dumps([side.mode, side.axis.to_state(), side.names]).encode())
-        digest.update(side.table.tobytes())
-    if len(set(comm.gather_bytes(digest.digest()))) > 1:
-        raise ValueError("side_information: expected the same tables on every rank, got others")
 
 
 def _edges(coordinates: FloatArray) -> FloatArray:

@@ -6,16 +6,18 @@ normal distribution with a full covariance, and what all labels share has one mo
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from probtensor.models.feature_rows import FeatureRows
 from probtensor.models.funbat_state import write_posterior
 from probtensor.models.functional_state import State
 from probtensor.models.functional_tucker import FunctionalTucker
+from probtensor.models.observation import Observation
 
-__all__ = ["FactorPosterior", "RowPosterior"]
+__all__ = ["FactorFit", "FactorPosterior", "RowPosterior"]
 
 
 class FactorPosterior(ABC):
@@ -53,6 +55,28 @@ class FactorPosterior(ABC):
         return self.log_parameters.device
 
 
+class FactorFit(NamedTuple):
+    """What a fit ends with.
+
+    Attributes
+    ----------
+    posterior : FactorPosterior
+    observation : Observation or None
+        How real values come from entries.
+    bound_history : list of float
+    converged : bool
+    relevance : Tensor, shape (R,)
+        Root mean square of each CP component over the rows, in the unit of standardised values; of shape (0,) for
+        Tucker.
+    """
+
+    posterior: FactorPosterior
+    observation: Observation | None
+    bound_history: list[float]
+    converged: bool
+    relevance: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class RowPosterior(FactorPosterior):
     """Posterior by message passing.
@@ -60,7 +84,7 @@ class RowPosterior(FactorPosterior):
     Attributes
     ----------
     model : FunctionalTucker
-        All its modes have exchangeable rows.
+        All its modes have exchangeable rows, or rows with features.
     state : State
     """
 
@@ -90,6 +114,19 @@ class RowPosterior(FactorPosterior):
             return None
         mean, covariance = self.model.functions_at(self.state, mode, labels)
         return mean[:, -1], covariance[:, -1, -1]
+
+    def feature_effects(self, mode: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """Mean and standard deviation of features' coefficients: (p, R_k) of components, and (p,) of the main effect.
+
+        The mode must have features.
+        """
+        functions = self.model.functions[mode]
+        assert isinstance(functions, FeatureRows)
+        mean, std = functions.coefficients(self.state.factors[mode].posterior)
+        if self.model.form == "tucker" or self._components.stop == self.model.ranks[mode]:
+            return (mean, std), None
+        kept = self._components
+        return (mean[:, kept], std[:, kept]), (mean[:, -1], std[:, -1])
 
     def core(self) -> Tensor | None:  # noqa: D102
         return None if self.state.core is None else self.state.core.mean.reshape(self.model.ranks)

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -57,6 +57,7 @@ def fit(
     n_init: int,
     progress: bool,
     checkpoints: Checkpoints | None = None,
+    start: Callable[[list[Rows]], State] | None = None,
 ) -> Fitted:
     """Fit the model.
 
@@ -76,6 +77,8 @@ def fit(
         See `probtensor.inference.message_passing.run`.
     checkpoints : Checkpoints, optional
         Where the state goes while the fit is under way, and where it comes from when the fit goes on.
+    start : callable, optional
+        Gives the state to start from, for the rows of this rank that are not held out. Default: `n_init` of the model.
 
     Returns
     -------
@@ -124,6 +127,11 @@ def fit(
 
     if not at.is_last:
         rows, cells = table_rows(model, table.take(~held))
+        if start is not None:
+            first = 0  # what comes before heavy tails is behind it
+            if at.progress is None:
+                with no_convergence_warning(quiet=True):
+                    at = at._replace(progress=Progress(n_init, start(rows), [], None))
         with no_convergence_warning(calibrating):
             result = sweeps(at, model, rows, max_iter, max(first, cold, WARM_UP) + 4)
         history, phases = result.bound_history, (0, first) if 0 < first < result.n_iter else (0,)

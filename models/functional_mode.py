@@ -9,6 +9,7 @@ from torch import Tensor
 from probtensor.contract import pack, pack_dual, packed_size, unpack
 from probtensor.cuda_graphs import Captured
 from probtensor.inference.kalman import Posterior, Sites
+from probtensor.models.feature_rows import FeatureRows
 from probtensor.models.functional_state import Factor
 from probtensor.models.latent_functions import LatentFunctions, Moments
 
@@ -91,7 +92,9 @@ class Mode:
         self, statistics: Tensor, unit: Tensor, old: Sites, log_hyperparameters: Tensor, square: Tensor
     ) -> tuple[Factor, Tensor]:
         """The factor that is best for the `sites` of the sums, and the `squared_error` with it."""
-        as_graph = statistics.is_cuda and statistics.numel() <= GRAPH_SIZE
+        # Systems beyond `linalg_cuda`'s, as features have them, go to libraries that a graph may not hold.
+        small = statistics.numel() <= GRAPH_SIZE and not isinstance(self.functions, FeatureRows)
+        as_graph = statistics.is_cuda and small
         update = self._captured if as_graph else self._optimum
         found = update(statistics, unit, *old, log_hyperparameters, square)
         sites, posterior = Sites(*found[:2]), Posterior(*found[2:6])

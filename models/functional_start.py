@@ -104,8 +104,8 @@ def paired(f: LatentFunctions, mode: int, mean: Tensor, hyper: Tensor, free: Seq
     mode : int
     mean : Tensor, shape (T, R)
         Columns to start from.
-    hyper : Tensor, shape (2, R_free)
-        Logarithms of the variance of rows and of that of their mean, as `ExchangeableRows` has them.
+    hyper : Tensor, shape (n_hyperparameters, R_free)
+        Logarithms of the variance of rows, of that of their mean, and of others, as `ExchangeableRows` has them.
     free : sequence of Tensor, shape (R,), bool
         Which columns are latent functions, by mode.
 
@@ -123,7 +123,7 @@ def paired(f: LatentFunctions, mode: int, mean: Tensor, hyper: Tensor, free: Seq
     for r, c in enumerate(column):
         if mode not in pairs[r % len(pairs)]:
             mean[:, c] = 1 + NEAR_ONE * mean[:, c]
-            hyper[:, place[c]] = hyper.new_tensor([2 * math.log(NEAR_ONE), 0.0])
+            hyper[:2, place[c]] = hyper.new_tensor([2 * math.log(NEAR_ONE), 0.0])
     return mean, hyper
 
 

@@ -22,7 +22,7 @@ from probtensor.models.bayesian_parameters import (
     observation_of,
     observation_to_state,
 )
-from probtensor.models.factor_posterior import FactorPosterior
+from probtensor.models.factor_posterior import FactorFit, FactorPosterior
 from probtensor.models.functional_fit import no_convergence_warning
 from probtensor.models.functional_table import uniform
 from probtensor.models.nonnegative_counts import NonNegativeCounts, NonNegativeRows, NonNegativeState
@@ -30,7 +30,7 @@ from probtensor.models.nonnegative_tables import Gammas, RectifiedNormals, Table
 from probtensor.models.nonnegative_values import LIGHT_TAILS, NonNegativeValues, ValueRows
 from probtensor.models.observation import Observation
 
-__all__ = ["NonNegativeFit", "NonNegativePosterior", "fit_nonnegative", "read_nonnegative"]
+__all__ = ["NonNegativePosterior", "fit_nonnegative", "read_nonnegative"]
 
 MIN_SWEEPS = 10
 COUNTS_TOL = 0.1  # of the tolerance: sweeps over counts are smaller steps
@@ -150,27 +150,6 @@ def _read(arrays: Mapping[str, Tensor], meta: Mapping[str, Any]) -> NonNegativeS
     return NonNegativeState(tables, hyper, arrays["log_parameters"], arrays["expected"], meta["sweep"])
 
 
-class NonNegativeFit(NamedTuple):
-    """What a fit ends with.
-
-    Attributes
-    ----------
-    posterior : NonNegativePosterior
-    observation : Observation or None
-        How real values come from entries.
-    bound_history : list of float
-    converged : bool
-    relevance : Tensor, shape (R,)
-        Root mean square of each component over the rows, in the unit of the model's values.
-    """
-
-    posterior: NonNegativePosterior
-    observation: Observation | None
-    bound_history: list[float]
-    converged: bool
-    relevance: Tensor
-
-
 class _Stage(NamedTuple):
     """A fit under way: whether all rows are fitted, bounds of the stage before, what held-out rows said, progress."""
 
@@ -184,16 +163,13 @@ def fit_nonnegative(
     model: NonNegativeCounts | NonNegativeValues,
     table: Observed,
     comm: Comm,
+    params: Mapping[str, Any],
     *,
-    generator: torch.Generator,
     held_out: float,
     prune_below: float,
-    max_iter: int,
-    tol: float,
-    n_init: int,
-    progress: bool,
+    generator: torch.Generator,
     checkpoints: Checkpoints | None,
-) -> NonNegativeFit:
+) -> FactorFit:
     """Fit, calibrate on rows held out, go on with all rows, and drop the components that give next to nothing.
 
     Parameters
@@ -202,14 +178,14 @@ def fit_nonnegative(
     table : Table
         Rows of this rank.
     comm : Comm
-    generator : torch.Generator
-        In the same state on every rank.
+    params : mapping
+        Of the estimator; for counts a tenth of `tol` is taken.
     held_out : float
         Share of the rows to calibrate on.
     prune_below : float
-        `NonNegativeFit.relevance` of components that are dropped; at least one stays.
-    max_iter, tol, n_init, progress
-        See `probtensor.inference.message_passing.run`; for counts a tenth of `tol`.
+        Relevance of components that are dropped, where hyperparameters are learned; at least one stays.
+    generator : torch.Generator
+        In the same state on every rank.
     checkpoints : Checkpoints or None
     """
     likelihood = model.likelihood if isinstance(model, NonNegativeValues) else None
@@ -237,31 +213,32 @@ def fit_nonnegative(
             comm=comm,
             generator=generator,
             max_iter=limit,
-            tol=tol * (COUNTS_TOL if isinstance(model, NonNegativeCounts) else 1.0),
+            tol=params["tol"] * (COUNTS_TOL if isinstance(model, NonNegativeCounts) else 1.0),
             scale=n_rows,
-            n_init=n_init,
+            n_init=params["n_init"],
             min_iter=MIN_SWEEPS + (LIGHT_TAILS if heavy and not stage.before else 0),
             resume=stage.progress,
             after_sweep=None if checkpoints is None else keep,
-            progress=progress,
+            progress=params["progress"],
         )
 
+    max_iter = params["max_iter"]
     if not at.is_last:
         with no_convergence_warning(quiet=True):
             found = sweeps(at, table.take(~held), max_iter)
         assert likelihood is not None
         first = NonNegativePosterior(found.state, n_modes)
         mixture = calibrate(likelihood, first, table.take(held), comm)
-        at = _Stage(True, found.bound_history, mixture, Progress(n_init, found.state, [], None))
+        at = _Stage(True, found.bound_history, mixture, Progress(params["n_init"], found.state, [], None))
     left = max(max_iter - len(at.before), min(max_iter, MIN_SWEEPS))
     found = sweeps(at, table, left)
     posterior = NonNegativePosterior(found.state, n_modes)
     squares = comm.sum(*add_up(posterior.component_squares(part.positions) for part in table.blocks()))
     relevance = (squares / n_rows).sqrt()
-    kept = (relevance >= prune_below) | (relevance == relevance.max())
+    kept = (relevance >= (prune_below if params["learn_hyperparameters"] else 0.0)) | (relevance == relevance.max())
     observation = None if likelihood is None else observation_of(likelihood, posterior.log_parameters, at.mixture)
     history = at.before + found.bound_history
-    return NonNegativeFit(posterior.only(kept), observation, history, found.converged, relevance[kept])
+    return FactorFit(posterior.only(kept), observation, history, found.converged, relevance[kept])
 
 
 def _rows(model: NonNegativeCounts | NonNegativeValues, table: Observed) -> NonNegativeRows | ValueRows:

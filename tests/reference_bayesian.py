@@ -1,4 +1,4 @@
-"""Slow, dense and obviously right: moments of entries with independent factors, probabilities of ordered levels."""
+"""Slow, dense and obviously right: moments of entries, probabilities of ordered levels, rows with features."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -28,3 +29,14 @@ def level_probabilities(cuts: Sequence[float], f: float) -> list[float]:
     """Of each level, by the definition: differences of the logistic distribution function."""
     below = [0.0, *(1 / (1 + math.exp(f - cut)) for cut in cuts), 1.0]
     return [b - a for a, b in itertools.pairwise(below)]
+
+
+def feature_rows_prior(features: Tensor, log_hyperparameters: Tensor) -> Tensor:
+    """Covariance (n, R, n, R) of ``u_i = m + W' x_i + e_i`` by the definition: a number for each pair of entries."""
+    variance, of_mean, of_features = log_hyperparameters.exp()
+    n, rank = len(features), len(variance)
+    prior = torch.zeros(n, rank, n, rank, dtype=features.dtype)
+    for i, j, r in itertools.product(range(n), range(n), range(rank)):
+        alike = sum(float(a) * float(b) for a, b in zip(features[i], features[j], strict=True))
+        prior[i, r, j, r] = of_mean[r] + of_features[r] * alike + (variance[r] if i == j else 0.0)
+    return prior

@@ -11,7 +11,7 @@ from probtensor.axes import CategoricalAxis
 from probtensor.estimator import UnknownLabelWarning
 from probtensor.models import NeuralTensorCompletion
 from probtensor.models.completion_effects import Cells, number_cells, start_effects, sweep
-from probtensor.models.completion_side import MAX_FEATURES, side_codes, side_features, side_of
+from probtensor.models.side_information import MAX_FEATURES, side_codes, side_features, side_of
 
 QUICK = {"rank": 2, "hidden": (8,), "embedding": 4, "max_epochs": 3, "n_members": 2, "random_state": 0}
 QUICK |= {"progress": False, "device": "cpu"}

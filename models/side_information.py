@@ -5,16 +5,30 @@ columns are standardised, with the mean where a number is missing; strings, cate
 zeros and ones for each value, centred. Where a column lacks numbers, and for the last row, another column says so.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
+from torch import Tensor
 
-from probtensor.axes import Axis, CategoricalAxis
+from probtensor.axes import Axis, CategoricalAxis, axis_from_state
+from probtensor.comm import Comm
 
-__all__ = ["MAX_FEATURES", "Side", "side_codes", "side_features", "side_of"]
+__all__ = [
+    "MAX_FEATURES",
+    "Side",
+    "check_the_same",
+    "side_codes",
+    "side_features",
+    "side_of",
+    "sides_from_state",
+    "sides_to_state",
+]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -83,6 +97,16 @@ def side_of(given: Mapping[str, Any] | None, axes: Sequence[Axis]) -> tuple[Side
     return tuple(_of_mode(name, given[name], modes[name], axes[modes[name]]) for name in modes if name in given)
 
 
+def check_the_same(sides: Sequence[Side], comm: Comm) -> None:
+    """Raise ValueError, on all ranks, where they differ in side information."""
+    digest = hashlib.sha256()
+    for side in sides:
+        digest.update(json.dumps([side.mode, side.axis.to_state(), side.names]).encode())
+        digest.update(side.table.tobytes())
+    if len(set(comm.gather_bytes(digest.digest()))) > 1:
+        raise ValueError("side_information: expected the same tables on every rank, got others")
+
+
 def side_codes(side: Side, column: Any) -> IntArray:
     """Row (n,) of the features' table of each label of a column (n,)."""
     found = side.axis.encode(column)
@@ -93,6 +117,22 @@ def side_features(sides: Sequence[Side], codes: IntArray) -> FloatArray:
     """Features (n, sum of p) at rows (n, n_sides) of the modes' tables."""
     parts = [side.table[code] for side, code in zip(sides, codes.T, strict=True)]
     return np.concatenate([np.zeros((len(codes), 0)), *parts], axis=1)
+
+
+def sides_to_state(sides: Sequence[Side]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Arrays and JSON values of the features of labels."""
+    arrays = {f"side.{j}": torch.from_numpy(side.table) for j, side in enumerate(sides)}
+    return arrays, {"sides": [[side.mode, side.axis.to_state(), list(side.features)] for side in sides]}
+
+
+def sides_from_state(arrays: dict[str, Tensor], meta: dict[str, Any]) -> tuple[Side, ...]:
+    """What `sides_to_state` was given."""
+    sides = []
+    for j, (mode, state, names) in enumerate(meta.get("sides", ())):
+        axis = axis_from_state(state)
+        assert isinstance(axis, CategoricalAxis)
+        sides.append(Side(mode, axis, tuple(names), arrays[f"side.{j}"].cpu().numpy()))
+    return tuple(sides)
 
 
 def _of_mode(name: str, table: Any, mode: int, axis: Axis) -> Side:
