@@ -188,6 +188,7 @@ def fit(
     comm: Comm = Serial()
     with _user_errors(lambda: comm):
         from probtensor.data import resolve_axes
+        from probtensor.description import describe_axis
         from probtensor.intake import agree_on_axes
         from probtensor.models import FunBaT
         from probtensor.shards import read_shard
@@ -211,7 +212,7 @@ def fit(
         for axis in fitted if comm.is_root else ():
             guessed = axis.name not in near + labels and X[axis.name].dtype.kind == "i"
             hint = f"; if near numbers mean alike: --continuous {axis.name}" if guessed else ""
-            typer.echo(f"{axis.name}: {_what(axis)}{hint}")
+            typer.echo(f"{axis.name}: {describe_axis(axis)}{hint}")
         settings: dict[str, Any] = {
             **{"rank": _ranks(rank, form, fitted), "form": form.value, "axes": axes, "likelihood": likelihood.value},
             **{"main_effects": not no_main_effects, "n_init": starts, "max_iter": max_iter, "tol": tol},
@@ -349,42 +350,16 @@ def _write_table(table: pd.DataFrame, out: Path | None) -> None:
 
 def _describe(model: Any, header: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of ``probtensor info``."""
-    from probtensor.axes import ContinuousAxis
+    from probtensor.description import axes_of, describe_axis, describe_model, hyperparameters, numbers
 
     yield f"{header['kind'].rpartition('.')[2]}, written by probtensor {header['probtensor_version']}"
-    facts = {
-        "form": model.form,
-        "noise (standard deviation)": f"{model.noise_std_:.6g}",
-        "bound on the log evidence": f"{model.bound_:.6f}",
-        "iterations": model.n_iter_,
-        "converged": f"{'yes' if model.converged_ else 'no'} ({model.stop_reason_})",
-    }
-    for name, fact in facts.items():
+    for name, fact in describe_model(model).items():
         yield f"  {name:<28}{fact}"
-    for axis in model.axes_:
-        rank = model.factor(axis.name, at=axis.distinct[:1])[0].shape[1]
-        yield f"{axis.name}: rank {rank}, {_what(axis)}"
-        timed = isinstance(axis, ContinuousAxis) and axis.distinct is not None and axis.distinct.dtype.kind in "mM"
-        in_days = axis.kernel.lengthscales if timed else ()
-        for name, hyperparameter in model.hyperparameters_[axis.name].items():
-            words = f"{name} (days)" if name in in_days else name
-            yield f"  {words:<28}{_numbers(hyperparameter)}"
-
-
-def _what(axis: Axis) -> str:
-    """Return what a fitted axis holds, in words."""
-    from probtensor.axes import ContinuousAxis
-
-    values = [] if axis.distinct is None else axis.distinct
-    if isinstance(axis, ContinuousAxis):
-        return f"continuous, {axis.size} coordinates from {values[0]} to {values[-1]}, {axis.kernel}"
-    return f"categorical, {axis.size} labels: {', '.join(map(str, values[:5]))}{', ...' * (axis.size > 5)}"
-
-
-def _numbers(value: Any) -> str:
-    import numpy as np
-
-    return "  ".join(f"{number:.6g}" for number in np.asarray(value, dtype=np.float64).ravel())
+    for axis in axes_of(model):
+        n = model.factor(axis.name, at=axis.distinct[:1])[0].shape[1] if hasattr(model, "factor") else None
+        yield f"{axis.name}: {'' if n is None else f'rank {n}, '}{describe_axis(axis)}"
+        for name, learned in hyperparameters(model, axis).items():
+            yield f"  {name:<28}{numbers(learned)}"
 
 
 @contextmanager
