@@ -65,6 +65,7 @@ class FactorRegressor(TensorRegressor, ABC):
     """Factorization of a tensor whose modes have labels, with a posterior over factors; see the two subclasses."""
 
     form: ClassVar[Literal["cp", "tucker"]]
+    interpolates: ClassVar[bool] = False  # a coordinate between those seen is as a label that was not seen
 
     rank: int | Sequence[int]
     likelihood: str | Likelihood
