@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,24 @@ import pandas as pd
 
 from probtensor.axes import Axis, ContinuousAxis
 
-__all__ = ["axes_of", "describe_axis", "describe_model", "hyperparameters", "numbers"]
+__all__ = ["axes_of", "describe", "describe_axis", "describe_model", "hyperparameters", "numbers"]
 
 
 def axes_of(model: Any) -> tuple[Axis, ...]:
-    """The fitted axes of a model, or of the estimator inside of it, as in `DAIN`; none where it has no table's modes."""
+    """The fitted axes of a model, or of the estimator inside of it, as in `DAIN`; none where it has no modes."""
     return tuple(getattr(model, "axes_", getattr(getattr(model, "estimator_", None), "axes_", ())))
+
+
+def describe(model: Any) -> Iterator[str]:
+    """Yield the lines of ``probtensor info``."""
+    for name, fact in describe_model(model).items():
+        yield f"  {name:<28}{fact}"
+    for axis in axes_of(model):
+        assert axis.distinct is not None
+        n = model.factor(axis.name, at=axis.distinct[:1])[0].shape[1] if hasattr(model, "factor") else None
+        yield f"{axis.name}: {'' if n is None else f'rank {n}, '}{describe_axis(axis)}"
+        for name, learned in hyperparameters(model, axis).items():
+            yield f"  {name:<28}{numbers(learned)}"
 
 
 def describe_model(model: Any) -> dict[str, str]:

@@ -10,6 +10,7 @@ const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
 const LONGEST = 26; // characters of a label beside a chart
 const MOST_LABELS = 30; // of a factor's chart
 const MOST_COMPONENTS = 4; // chosen at first
+const TOUCHED = matchMedia("(pointer: coarse)").matches; // there a drag scrolls the page
 const choices = new URLSearchParams();
 
 const plain = text => String(text).replace(/[&<>]/g, sign => ENTITIES[sign]);
@@ -49,12 +50,13 @@ function draw(chart, traces, x, y, more = {}) {
   const { xaxis, yaxis, ...rest } = more;
   const layout = {
     height: 340, margin: { l: 56, r: 10, t: 26, b: 46 }, font: { family: "system-ui, sans-serif", size: 13, color: INK },
-    hovermode: "closest", paper_bgcolor: "#fff", plot_bgcolor: "#fff",
-    legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", itemclick: false, itemdoubleclick: false },
+    hovermode: "closest", dragmode: TOUCHED ? false : "zoom", paper_bgcolor: "#fff", plot_bgcolor: "#fff",
+    legend: { orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", traceorder: "normal",
+      itemclick: false, itemdoubleclick: false },
     xaxis: axis(x, xaxis), yaxis: axis(y, yaxis), ...rest,
   };
   Plotly.react(chart, traces, layout, {
-    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
+    responsive: true, displaylogo: false, modeBarButtons: [["toImage", "resetScale2d"]],
   });
 }
 
@@ -124,9 +126,11 @@ function controls(parent) {
 // Sections
 
 function glance() {
-  const words = page.axes.map(axis => [axis.name, axis.words]);
+  const words = page.axes.map(axis => [axis.name, ...axis.words]);
+  const kernels = words.some(row => row[3]);
+  const head = ["mode", "kind", "values", "kernel"].slice(0, kernels ? 4 : 3);
   section("glance").append(make("div", { class: "pair" },
-    table([], page.facts, "The fit"), table(["mode", "what it holds"], words, "Modes")));
+    table([], page.facts, "The fit"), table(head, words.map(row => row.slice(0, head.length)), "Modes")));
 }
 
 const factorCharts = [];
@@ -304,7 +308,9 @@ function current() { // mode to go along, values of the others, level
     page.runs.find(one => page.axes[one.mode].continuous) || page.runs[0];
   const at = run.choices.map(choice => {
     const name = page.axes[choice.mode].name;
-    return Math.max(0, choice.texts.indexOf(chosen(`at.${name}`, choice.texts[0])));
+    const start = page.axes[choice.mode].continuous ? Math.floor(choice.texts.length / 2) : 0;
+    const found = choice.texts.indexOf(chosen(`at.${name}`, choice.texts[start]));
+    return found < 0 ? start : found;
   });
   const combination = run.choices.reduce((index, choice, k) => index * choice.texts.length + at[k], 0);
   const level = Math.max(0, page.levels.findIndex(one => String(100 * one) === chosen("level", "90")));
@@ -373,7 +379,7 @@ function renderPredictions() {
   }
   const x = axis.dates ? { type: "date" } : axis.continuous ? {}
     : { tickvals: run.x, ticktext: run.texts.map(short), showgrid: false, range: [-0.6, run.x.length - 0.4], tickfont: { size: 12 } };
-  draw(predictions.chart, traces, title(axis), plain(page.value), { height: 420, xaxis: x, yaxis: range });
+  draw(predictions.chart, traces, title(axis), plain(page.value), { height: 420, xaxis: x, yaxis: range, showlegend: true });
   predictions.heading.textContent = `${page.value} along ${axis.name}` + (where ? `, at ${where}` : "");
   predictions.chart.setAttribute("aria-label", predictions.heading.textContent);
   predictions.note.textContent = (run.stats > 1 ? "Intervals are of a new measurement, noise included. " :
@@ -405,6 +411,7 @@ function held() {
   if (!page.held) return;
   const place = section("held");
   place.hidden = false;
+  section("to-held").hidden = false;
   place.append(table([], page.held.scores, "Scores"), make("p", { class: "note" }, page.held.note));
   const grid = make("div", { class: "grid" });
   place.append(grid);
@@ -444,21 +451,25 @@ function renderHeld() {
 function diagnostics() {
   const place = section("diagnostics");
   const grid = make("div", { class: "grid" });
+  place.append(grid);
   for (const one of page.charts) {
     const chart = box(grid, one.title);
-    const traces = one.series.map((series, k) => one.kind === "bars"
-      ? { type: "bar", x: series.x.map((_, at) => at), y: series.y, marker: { color: COLOURS[0] }, text: series.x.map(plain),
-          textposition: "none", hovertemplate: "%{text}: %{y:.4g}<extra></extra>" }
+    const named = one.kind === "bars"; // bars lie, so that names have room
+    const traces = one.series.map((series, k) => named
+      ? { type: "bar", orientation: "h", x: series.y, y: series.x.map((_, at) => at), marker: { color: COLOURS[0] },
+          text: series.x.map(plain), textposition: "none", hovertemplate: "%{text}: %{x:.4g}<extra></extra>" }
       : { x: series.x, y: series.y, mode: series.x.length === 1 ? "markers" : "lines", name: plain(series.name || ""),
           line: { color: COLOURS[series.name ? k % COLOURS.length : 0], width: 2,
             dash: DASHES[series.name ? Math.floor(k / COLOURS.length) % DASHES.length : 0] },
           showlegend: Boolean(series.name) });
-    const names = one.kind === "bars" ? one.series[0].x : [];
-    const tall = one.series.length > 1 && one.series[0].name ? 340 + 22 * one.series.length : 340;
-    place.append(grid);
-    draw(chart, traces, plain(one.x), plain(one.y), { height: tall,
-      xaxis: one.kind === "bars" ? { tickvals: names.map((_, at) => at), ticktext: names.map(short) } : { rangemode: "tozero" },
-      legend: { orientation: "h", x: 0, y: -0.22, xanchor: "left", yanchor: "top", itemclick: false, itemdoubleclick: false } });
+    const names = named ? one.series[0].x : [];
+    const lines = one.series.length > 1 && one.series[0].name ? one.series.length : 0;
+    draw(chart, traces, plain(named ? one.y : one.x), plain(named ? one.x : one.y), {
+      height: Math.max(340, 110 + 20 * names.length) + 22 * lines,
+      xaxis: named ? {} : { rangemode: "tozero" },
+      yaxis: named ? { tickvals: names.map((_, at) => at), ticktext: names.map(short), autorange: "reversed", showgrid: false } : {},
+      legend: { orientation: "h", x: 0, y: -0.22, xanchor: "left", yanchor: "top", itemclick: false, itemdoubleclick: false },
+    });
   }
   for (const one of page.tables) place.append(make("h3", {}, one.title), table(one.head, one.rows, one.title));
   if (!page.charts.length && !page.tables.length) {

@@ -10,17 +10,19 @@ import html
 import json
 import os
 import re
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 import probtensor
 from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.data import as_table
-from probtensor.description import axes_of, describe_axis, describe_model
+from probtensor.description import axes_of, describe_model
 from probtensor.drawing import COLOURS, FAINT, INK
 from probtensor.resources import is_integer
 from probtensor.viewing_findings import charts, factors, held_out, tables
@@ -30,6 +32,7 @@ __all__ = ["write_page"]
 
 MARKER = re.compile(r"<!-- (\w+) -->")
 MIN_BUDGET = 1000
+SHOW_AFTER = 1.0  # seconds before a progress bar appears
 
 
 def write_page(
@@ -40,6 +43,7 @@ def write_page(
     value: str = "value",
     title: str | None = None,
     budget: int = 120_000,
+    progress: bool = True,
 ) -> None:
     """Write an interactive page about a fitted model: one HTML file, to be opened in any browser, without a network.
 
@@ -63,7 +67,10 @@ def write_page(
         By default the class of the model.
     budget : int, default 120000
         Predictions on the page at most. Where modes have more values than that allows, the page has some of them:
-        labels with the most rows of `data`, else such that are spread evenly over the list; it says which.
+        labels with the most rows of `data`, else such that are spread evenly over the list; it says which. Intervals of
+        counts take longest, about half a millisecond a prediction.
+    progress : bool, default True
+        Show a progress bar where it takes long.
 
     Raises
     ------
@@ -86,7 +93,7 @@ def write_page(
     >>> model = FunBaT(rank=1, random_state=0, progress=False).fit(X, np.sin(X[:, 0]) * X[:, 1])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     page = Path(folder) / "model.html"
-    ...     write_page(model, page, budget=2000)
+    ...     write_page(model, page, budget=2000, progress=False)
     ...     page.read_text(encoding="utf-8")[:15]
     '<!doctype html>'
     """
@@ -102,7 +109,8 @@ def write_page(
         raise ValueError(f"path: expected a name in a folder that exists, got {os.fspath(path)!r}")
     plotly = _plotly()
     shown = type(model).__name__ if title is None else title
-    content = page_data(model, data=data, value=value, title=shown, budget=int(budget))
+    with tqdm(desc="predictions", total=int(budget), delay=SHOW_AFTER, disable=not progress) as bar:
+        content = page_data(model, data=data, value=value, title=shown, budget=int(budget), report=bar.update)
     folder = files("probtensor")
     parts = {
         "title": html.escape(shown),
@@ -116,7 +124,13 @@ def write_page(
 
 
 def page_data(
-    model: Any, *, data: tuple[Any, npt.ArrayLike] | None, value: str, title: str, budget: int
+    model: Any,
+    *,
+    data: tuple[Any, npt.ArrayLike] | None,
+    value: str,
+    title: str,
+    budget: int,
+    report: Callable[[int], object],
 ) -> dict[str, Any]:
     """What `write_page` writes into the page, as JSON values; arguments as there."""
     axes = axes_of(model)
@@ -145,19 +159,33 @@ def page_data(
                 "unit": " (days)" if axis.distinct is not None and axis.distinct.dtype.kind == "m" else "",
                 "continuous": isinstance(axis, ContinuousAxis),
                 "dates": axis.distinct is not None and axis.distinct.dtype.kind == "M",
-                "words": describe_axis(axis),
+                "words": _words(model, axis),
             }
             for axis in axes
         ],
         "shared": getattr(model, "core_", None) is None,  # components of CP are those of all modes
         "factors": factors(model),
         "levels": LEVELS,
-        "runs": [_run(model, run, counts is not None) for run in runs(model, budget, counts)],
+        "runs": [_run(model, run, counts is not None) for run in runs(model, budget, counts, report)],
         "charts": list(charts(model)),
         "tables": list(tables(model)),
         "held": held,
         "colours": {"lines": COLOURS, "ink": INK, "faint": FAINT},
     }
+
+
+def _words(model: Any, axis: Axis) -> list[str]:
+    """What stands in the table of modes: kind, values, kernel where the model has use for it."""
+    assert axis.distinct is not None
+    if not isinstance(axis, ContinuousAxis):
+        first = ", ".join(texts(axis.distinct[:5])) + ", …" * (axis.size > 5)
+        return [f"categorical, {axis.size:,} labels", first, ""]
+    ends = " to ".join(texts(axis.distinct[[0, -1]]))
+    return [
+        f"continuous, {axis.size:,} coordinates",
+        ends,
+        str(axis.kernel) if hasattr(model, "hyperparameters_") else "",
+    ]
 
 
 def _run(model: Any, run: Run, counted: bool) -> dict[str, Any]:

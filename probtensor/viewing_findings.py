@@ -167,7 +167,10 @@ def _factor(model: Any, axis: Axis, seen: npt.NDArray[np.int64]) -> dict[str, An
     if with_white(model, axis) and len(between):
         lines, dots = _values(model, axis, axis.decode(between)), _values(model, axis, coordinates)
         return found | {"lines": lines, "dots": dots | {"std": None, "effect_std": None}, "ticks": ticks}
-    return found | {"lines": _values(model, axis, axis.decode(np.union1d(grid, axis.coordinates[places]))), "ticks": ticks}
+    return found | {
+        "lines": _values(model, axis, axis.decode(np.union1d(grid, axis.coordinates[places]))),
+        "ticks": ticks,
+    }
 
 
 def _values(model: Any, axis: Axis, at: pd.Index) -> dict[str, Any]:
@@ -201,7 +204,9 @@ def _plain_factor(model: Any, axis: Axis, seen: npt.NDArray[np.int64]) -> dict[s
     mean = np.asarray(by_name[str(axis.name)], dtype=np.float64)
     found = {"mode": str(axis.name), "strength": rounded(np.sqrt(np.mean(mean**2, axis=0))), "note": ""}
     if not isinstance(axis, CategoricalAxis):
-        return found | {"note": f"{axis.name} is continuous: this model has factors of bins of it, which are not drawn."}
+        return found | {
+            "note": f"{axis.name} is continuous: this model has factors of bins of it, which are not drawn."
+        }
     effects = getattr(model, "effects_", {}).get(str(axis.name))
     assert axis.distinct is not None
     known = None if effects is None else (np.asarray(effects)[seen], None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,19 @@ from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
 from probtensor.description import axes_of
 from probtensor.kernels import Sum, White
 
-__all__ = ["LEVELS", "Run", "abscissa", "interpolates", "packed", "runs", "seen_positions", "spread", "summaries", "texts", "with_white"]
+__all__ = [
+    "LEVELS",
+    "Run",
+    "abscissa",
+    "interpolates",
+    "packed",
+    "runs",
+    "seen_positions",
+    "spread",
+    "summaries",
+    "texts",
+    "with_white",
+]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -23,7 +35,7 @@ IntArray = npt.NDArray[np.int64]
 LEVELS = (0.5, 0.9, 0.95)
 MAX_ALONG = 60  # labels, or coordinates that were seen, along a mode
 GRID, FINE_GRID = 48, 200  # coordinates of a line; the second where they cost little
-ROWS = 20_000  # predicted at once
+ROWS = 10_000  # predicted at once
 STEPS = 65_534  # of a curve's span; the next number marks what is not finite
 MISSING = STEPS + 1
 
@@ -53,7 +65,9 @@ class Run:
     values: FloatArray
 
 
-def runs(model: Any, budget: int, counts: Sequence[IntArray] | None) -> list[Run]:
+def runs(
+    model: Any, budget: int, counts: Sequence[IntArray] | None, report: Callable[[int], object] = lambda n: None
+) -> list[Run]:
     """Predictions along each mode, at most `budget` in all.
 
     Modes that ask for fewer predictions leave more to the others. Where not all values of the other modes can be had,
@@ -65,24 +79,26 @@ def runs(model: Any, budget: int, counts: Sequence[IntArray] | None) -> list[Run
     budget : int
     counts : sequence of ndarray of int, optional
         For each mode, how many rows of the data that the user gave have each of its values.
+    report : callable
+        Is told how many predictions were made, again and again.
     """
     axes = axes_of(model)
     kept = [seen_positions(model, mode) for mode in range(len(axes))]
     sizes = [len(places) for places in kept]
-
-    def cost(mode: int) -> int:
-        return int(np.prod([size for other, size in enumerate(sizes) if other != mode], dtype=np.float64).clip(max=1e15))
-
+    rest = [sizes[:mode] + sizes[mode + 1 :] for mode in range(len(axes))]
+    whole = [float(np.prod(others, dtype=np.float64)) for others in rest]
+    along = []
+    for mode in range(len(axes)):
+        grid = FINE_GRID if (FINE_GRID + MAX_ALONG) * whole[mode] <= budget // 10 else GRID
+        along.append(_along(model, mode, kept[mode], counts, grid))
     found: dict[int, Run] = {}
     left = budget
-    for done, mode in enumerate(sorted(range(len(axes)), key=lambda mode: cost(mode) * min(sizes[mode], MAX_ALONG))):
-        fine = (FINE_GRID + MAX_ALONG) * cost(mode) <= budget // 10
-        along, seen = _along(model, mode, kept[mode], counts, FINE_GRID if fine else GRID)
-        most = left // (len(axes) - done) // len(along)
-        cap = _cap([size for other, size in enumerate(sizes) if other != mode], most)
+    for mode in sorted(range(len(axes)), key=lambda mode: whole[mode] * len(along[mode][0])):
+        values, seen = along[mode]
+        cap = _cap(rest[mode], left // (len(axes) - len(found)) // len(values))
         others = [_chosen(places, cap, axes[j], counts and counts[j]) for j, places in enumerate(kept) if j != mode]
-        found[mode] = Run(mode, along, seen, others, _predicted(model, mode, along, others))
-        left -= len(along) * len(found[mode].values)
+        found[mode] = Run(mode, values, seen, others, _predicted(model, mode, values, others, report))
+        left -= len(values) * len(found[mode].values)
     return [found[mode] for mode in range(len(axes))]
 
 
@@ -110,7 +126,11 @@ def packed(values: FloatArray) -> dict[str, Any]:
     step = span / STEPS
     codes = np.rint((finite - low[:, None, None]) / np.where(step > 0, step, 1.0)[:, None, None])
     codes = np.where(np.isnan(codes), MISSING, codes)
-    return {"codes": _base64(codes.astype("<u2")), "low": _base64(low.astype("<f8")), "step": _base64(step.astype("<f8"))}
+    return {
+        "codes": _base64(codes.astype("<u2")),
+        "low": _base64(low.astype("<f8")),
+        "step": _base64(step.astype("<f8")),
+    }
 
 
 def texts(values: pd.Index) -> list[str]:
@@ -124,7 +144,7 @@ def texts(values: pd.Index) -> list[str]:
 
 
 def abscissa(axis: Axis, values: pd.Index) -> list[Any]:
-    """Where values stand on a chart: ISO dates on the user's clock, days, numbers; labels 0, 1, …"""
+    """Where values stand on a chart: ISO dates on the user's clock, days, or numbers; labels count from 0."""
     if isinstance(axis, CategoricalAxis):
         return list(range(len(values)))
     if isinstance(values, pd.DatetimeIndex):
@@ -191,7 +211,9 @@ def _cap(sizes: Sequence[int], most: int) -> int:
     return low
 
 
-def _predicted(model: Any, mode: int, along: pd.Index, others: list[IntArray]) -> FloatArray:
+def _predicted(
+    model: Any, mode: int, along: pd.Index, others: list[IntArray], report: Callable[[int], object]
+) -> FloatArray:
     axes = axes_of(model)
     shape = tuple(len(places) for places in others)
     n, P = int(np.prod(shape, dtype=np.int64)), len(along)
@@ -203,6 +225,7 @@ def _predicted(model: Any, mode: int, along: pd.Index, others: list[IntArray]) -
         positions = [np.repeat(places[at], P) for places, at in zip(others, index, strict=True)]
         positions.insert(mode, np.tile(np.arange(P), len(combination)))
         chunks.append(summaries(model, _table(axes, positions, {mode: along})))
+        report(len(chunks[-1]))
     found = np.concatenate(chunks)
     return found.reshape(n, P, -1).transpose(0, 2, 1)
 
