@@ -134,7 +134,8 @@ def page_data(
 ) -> dict[str, Any]:
     """What `write_page` writes into the page, as JSON values; arguments as there."""
     axes = axes_of(model)
-    held, counts = None, None
+    held: dict[str, Any] | None = None
+    counts: list[npt.NDArray[np.int64] | None] = [None] * len(axes)
     if data is not None:
         X, y = as_table(data[0]), np.array(data[1], dtype=np.float64)
         names = [str(axis.name) for axis in axes]
@@ -153,20 +154,11 @@ def page_data(
             ["model", f"{type(model).__name__}, page by probtensor {probtensor.__version__}"],
             *map(list, describe_model(model).items()),
         ],
-        "axes": [
-            {
-                "name": str(axis.name),
-                "unit": " (days)" if axis.distinct is not None and axis.distinct.dtype.kind == "m" else "",
-                "continuous": isinstance(axis, ContinuousAxis),
-                "dates": axis.distinct is not None and axis.distinct.dtype.kind == "M",
-                "words": _words(model, axis),
-            }
-            for axis in axes
-        ],
+        "axes": [_axis(model, axis) for axis in axes],
         "shared": getattr(model, "core_", None) is None,  # components of CP are those of all modes
         "factors": factors(model),
         "levels": LEVELS,
-        "runs": [_run(model, run, counts is not None) for run in runs(model, budget, counts, report)],
+        "runs": [_run(model, run, data is not None) for run in runs(model, budget, counts, report)],
         "charts": list(charts(model)),
         "tables": list(tables(model)),
         "held": held,
@@ -174,18 +166,23 @@ def page_data(
     }
 
 
-def _words(model: Any, axis: Axis) -> list[str]:
-    """What stands in the table of modes: kind, values, kernel where the model has use for it."""
+def _axis(model: Any, axis: Axis) -> dict[str, Any]:
+    """A mode, with what stands in the table of modes: kind, values, kernel where the model has use for it."""
     assert axis.distinct is not None
-    if not isinstance(axis, ContinuousAxis):
+    unit = axis.distinct.dtype.kind
+    if isinstance(axis, ContinuousAxis):
+        kernel = str(axis.kernel) if hasattr(model, "hyperparameters_") else ""
+        words = [f"continuous, {axis.size:,} coordinates", " to ".join(texts(axis.distinct[[0, -1]])), kernel]
+    else:
         first = ", ".join(texts(axis.distinct[:5])) + ", …" * (axis.size > 5)
-        return [f"categorical, {axis.size:,} labels", first, ""]
-    ends = " to ".join(texts(axis.distinct[[0, -1]]))
-    return [
-        f"continuous, {axis.size:,} coordinates",
-        ends,
-        str(axis.kernel) if hasattr(model, "hyperparameters_") else "",
-    ]
+        words = [f"categorical, {axis.size:,} labels", first, ""]
+    return {
+        "name": str(axis.name),
+        "unit": " (days)" if isinstance(axis, ContinuousAxis) and unit == "m" else "",
+        "continuous": isinstance(axis, ContinuousAxis),
+        "dates": isinstance(axis, ContinuousAxis) and unit == "M",
+        "words": words,
+    }
 
 
 def _run(model: Any, run: Run, counted: bool) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Run:
 
 
 def runs(
-    model: Any, budget: int, counts: Sequence[IntArray] | None, report: Callable[[int], object] = lambda n: None
+    model: Any, budget: int, counts: Sequence[IntArray | None], report: Callable[[int], object] = lambda n: None
 ) -> list[Run]:
     """Predictions along each mode, at most `budget` in all.
 
@@ -77,8 +77,8 @@ def runs(
     ----------
     model : fitted estimator
     budget : int
-    counts : sequence of ndarray of int, optional
-        For each mode, how many rows of the data that the user gave have each of its values.
+    counts : sequence of ndarray of int or None
+        For each mode, how many rows of the data that the user gave have each of its values, where there are such data.
     report : callable
         Is told how many predictions were made, again and again.
     """
@@ -96,7 +96,7 @@ def runs(
     for mode in sorted(range(len(axes)), key=lambda mode: whole[mode] * len(along[mode][0])):
         values, seen = along[mode]
         cap = _cap(rest[mode], left // (len(axes) - len(found)) // len(values))
-        others = [_chosen(places, cap, axes[j], counts and counts[j]) for j, places in enumerate(kept) if j != mode]
+        others = [_chosen(places, cap, axes[j], counts[j]) for j, places in enumerate(kept) if j != mode]
         found[mode] = Run(mode, values, seen, others, _predicted(model, mode, values, others, report))
         left -= len(values) * len(found[mode].values)
     return [found[mode] for mode in range(len(axes))]
@@ -159,8 +159,9 @@ def spread(n: int, most: int) -> IntArray:
 
 def with_white(model: Any, axis: Axis) -> bool:
     """Whether coordinates have something for themselves beside a smooth function."""
-    smooth = isinstance(axis, ContinuousAxis) and hasattr(model, "factor") and interpolates(model)
-    return smooth and isinstance(axis.kernel, Sum) and any(isinstance(part, White) for part in axis.kernel.parts)
+    if not (isinstance(axis, ContinuousAxis) and hasattr(model, "factor") and interpolates(model)):
+        return False
+    return isinstance(axis.kernel, Sum) and any(isinstance(part, White) for part in axis.kernel.parts)
 
 
 def interpolates(model: Any) -> bool:
@@ -180,12 +181,12 @@ def seen_positions(model: Any, mode: int) -> IntArray:
 
 
 def _along(
-    model: Any, mode: int, kept: IntArray, counts: Sequence[IntArray] | None, grid: int
+    model: Any, mode: int, kept: IntArray, counts: Sequence[IntArray | None], grid: int
 ) -> tuple[pd.Index, npt.NDArray[np.bool_]]:
     """Values along a mode, and which of them were seen: labels, or a grid with coordinates of the training data."""
     axis = axes_of(model)[mode]
     assert axis.distinct is not None
-    seen = axis.distinct[_chosen(kept, MAX_ALONG, axis, counts and counts[mode])]
+    seen = axis.distinct[_chosen(kept, MAX_ALONG, axis, counts[mode])]
     if not isinstance(axis, ContinuousAxis) or not interpolates(model) or axis.size == 1:
         return seen, np.ones(len(seen), dtype=bool)
     between = np.setdiff1d(np.linspace(axis.coordinates[0], axis.coordinates[-1], grid), axis.coordinates)
@@ -234,8 +235,12 @@ def _table(
     axes: Sequence[Axis], positions: Sequence[npt.NDArray[Any]], instead: dict[int, pd.Index] | None = None
 ) -> pd.DataFrame:
     """Rows at positions among the distinct values of each mode, or among others where these are given."""
-    values = [(instead or {}).get(mode, axis.distinct) for mode, axis in enumerate(axes)]
-    return pd.DataFrame({str(a.name): v.take(p) for a, v, p in zip(axes, values, positions, strict=True)})
+    table = {}
+    for mode, (axis, places) in enumerate(zip(axes, positions, strict=True)):
+        values = axis.distinct if instead is None or mode not in instead else instead[mode]
+        assert values is not None
+        table[str(axis.name)] = values.take(places)
+    return pd.DataFrame(table)
 
 
 def _base64(array: npt.NDArray[Any]) -> str:
