@@ -488,6 +488,13 @@ window.addEventListener("error", event => {
   fault.hidden = false;
   fault.textContent = `This page could not be drawn: ${event.message}`;
 });
+document.querySelector("nav").addEventListener("click", event => { // the address keeps the choices
+  if (!event.target.hash) return;
+  event.preventDefault();
+  const target = section(event.target.hash.slice(1));
+  target.scrollIntoView();
+  target.focus({ preventScroll: true });
+});
 window.addEventListener("hashchange", () => { if (location.hash.includes("=")) location.reload(); });
 
 section("title").textContent = page.title;

@@ -134,13 +134,15 @@ def packed(values: FloatArray) -> dict[str, Any]:
 
 
 def texts(values: pd.Index) -> list[str]:
-    """Coordinates or labels as readers know them: dates without a time of day where none has one."""
+    """Coordinates or labels as readers know them, all different: dates without a time of day where none has one."""
     if isinstance(values, pd.DatetimeIndex):
         clock = values.tz_localize(None)
-        return [str(time.date()) if bool((clock == clock.normalize()).all()) else str(time) for time in clock]
-    if values.dtype.kind == "f":
-        return [f"{value:.6g}" for value in values]
-    return [str(value) for value in values]
+        short = [str(time.date()) if bool((clock == clock.normalize()).all()) else str(time) for time in clock]
+    elif values.dtype.kind == "f":
+        short = [f"{value:.6g}" for value in values]
+    else:
+        short = [str(value) for value in values]
+    return short if len(set(short)) == len(short) else [repr(value) for value in values.tolist()]
 
 
 def abscissa(axis: Axis, values: pd.Index) -> list[Any]:

@@ -29,7 +29,7 @@ from probtensor.models import (
 )
 from probtensor.viewing import write_page
 from probtensor.viewing_findings import MAX_LABELS
-from probtensor.viewing_predictions import LEVELS, MAX_ALONG, MISSING, packed, runs, spread
+from probtensor.viewing_predictions import LEVELS, MAX_ALONG, MISSING, packed, runs, spread, texts
 
 pytest.importorskip("plotly")
 
@@ -286,6 +286,21 @@ def test_without_plotly_it_is_said_how_to_get_it(fitted, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "plotly.offline", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pages need plotly: pip install 'probtensor\[view\]'"):
         write_page(fitted, tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.1, 1.0, 1e7], ["0.1", "1", "1e+07"]),
+        ([1_700_000_000.1, 1_700_000_000.2], ["1700000000.1", "1700000000.2"]),
+        (pd.DatetimeIndex(["2024-01-01", "2024-03-01"]), ["2024-01-01", "2024-03-01"]),
+        (pd.DatetimeIndex(["2024-01-01", "2024-03-01 12:00"]), ["2024-01-01 00:00:00", "2024-03-01 12:00:00"]),
+        (pd.Index([10, "10", True], dtype=object), ["10", "'10'", "True"]),
+        (pd.DatetimeIndex(["2024-01-01"], tz="Asia/Tokyo"), ["2024-01-01"]),
+    ],
+)
+def test_values_are_written_as_readers_know_them_and_never_alike(values, shown):
+    assert texts(pd.Index(values)) == shown
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-9, 1.0, 1e12])

@@ -65,7 +65,7 @@ def opened(page: Path, folder: Path, **choices: str) -> str:
 
 def lines(document: str, place: str = "predictions") -> list[str]:
     """Paths of the lines and bands that a section's charts have, not those of legends."""
-    part = document[document.index(f'<section id="{place}"') :]
+    part = document[document.index(f'id="{place}" aria-labelledby') :]
     return re.findall(r'<path class="js-(?:line|fill)"[^>]* d="(M[^"]{50,})"', part[: part.index("</section>")])
 
 
