@@ -28,7 +28,7 @@ __all__ = ["charts", "factors", "held_out", "rounded", "tables"]
 
 MAX_LABELS = 400  # of a mode, whose factors are on the page
 MAX_COORDINATES = 200
-MAX_ROWS = 3000  # held out, that are drawn
+MAX_ROWS = 1500  # held out, that are drawn
 CURVE = (*np.arange(0.1, 0.95, 0.1).round(1), 0.95, 0.99)  # probabilities of intervals
 
 
