@@ -65,6 +65,7 @@ class FactorRegressor(TensorRegressor, ABC):
     form: ClassVar[Literal["cp", "tucker"]]
     prior: Literal["normal", "gamma"] = "normal"
     unlisted: Literal["missing", "zero"] = "missing"
+    interpolates: ClassVar[bool] = False  # a coordinate between those seen is as a label that was not seen
 
     rank: int | Sequence[int]
     likelihood: str | Likelihood

@@ -39,6 +39,7 @@ __all__ = [
     "read_table",
     "read_tns",
     "to_xarray",
+    "viewing",
 ]
 
 if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors; without it they would believe any name
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for type checkers and editors; with
     from probtensor import metrics as metrics
     from probtensor import models as models
     from probtensor import plotting as plotting
+    from probtensor import viewing as viewing
     from probtensor.axes import CategoricalAxis as CategoricalAxis
     from probtensor.axes import ContinuousAxis as ContinuousAxis
     from probtensor.data import Observations as Observations
@@ -76,7 +78,7 @@ else:
         **dict.fromkeys(("from_dense", "from_xarray", "read_table", "read_tns", "to_xarray"), "probtensor.readers"),
         "read_shard": "probtensor.shards",
     }
-    _SUBMODULES = ("comm", "components", "datasets", "images", "inference", "metrics", "models", "plotting")
+    _SUBMODULES = ("comm", "components", "datasets", "images", "inference", "metrics", "models", "plotting", "viewing")
 
     def __getattr__(name):
         if name in _SUBMODULES:

@@ -80,6 +80,8 @@ def main(
 
     **probtensor info my.model**
 
+    **probtensor view my.model**
+
     Set the environment variable PROBTENSOR_TRACEBACK=1 to see where an error arose.
     """
 
@@ -188,6 +190,7 @@ def fit(
     comm: Comm = Serial()
     with _user_errors(lambda: comm):
         from probtensor.data import resolve_axes
+        from probtensor.description import describe_axis
         from probtensor.intake import agree_on_axes
         from probtensor.models import FunBaT
         from probtensor.shards import read_shard
@@ -211,7 +214,7 @@ def fit(
         for axis in fitted if comm.is_root else ():
             guessed = axis.name not in near + labels and X[axis.name].dtype.kind == "i"
             hint = f"; if near numbers mean alike: --continuous {axis.name}" if guessed else ""
-            typer.echo(f"{axis.name}: {_what(axis)}{hint}")
+            typer.echo(f"{axis.name}: {describe_axis(axis)}{hint}")
         settings: dict[str, Any] = {
             **{"rank": _ranks(rank, form, fitted), "form": form.value, "axes": axes, "likelihood": likelihood.value},
             **{"main_effects": not no_main_effects, "n_init": starts, "max_iter": max_iter, "tol": tol},
@@ -244,18 +247,13 @@ def predict(
     **probtensor predict my.model new.csv --coverage 0.5 --out filled.csv**
     """
     with _user_errors():
-        from probtensor.axes import CategoricalAxis, ContinuousAxis
         from probtensor.comm import world
         from probtensor.persistence import load
-        from probtensor.readers import read_table
 
         if not world().is_root:  # a prediction is no work for several ranks
             return
         fitted = load(model)
-        names = [str(axis.name) for axis in fitted.axes_]
-        near = [str(axis.name) for axis in fitted.axes_ if isinstance(axis, ContinuousAxis)]
-        labels = {str(axis.name): axis.label_dtype for axis in fitted.axes_ if isinstance(axis, CategoricalAxis)}
-        X, _ = read_table(data, None, near, labels, columns=names)
+        X, _ = _read_for(fitted, data, None)
         table = _read_as_written(data)
         if taken := [name for name in ("mean", "std", "lower", "upper") if name in table.columns]:
             raise ValueError(f"{data}: expected no columns called mean, std, lower or upper, got {taken}")
@@ -268,11 +266,72 @@ def predict(
 def info(model: ModelFile) -> None:
     """Show what a model file holds: aspects, ranks, noise, bound, iterations, hyperparameters, versions."""
     with _user_errors():
+        from probtensor.description import describe
         from probtensor.persistence import load, read_header
 
         header = read_header(model)
-        for line in _describe(load(model), header):
+        typer.echo(f"{header['kind'].rpartition('.')[2]}, written by probtensor {header['probtensor_version']}")
+        for line in describe(load(model)):
             typer.echo(line)
+
+
+@app.command()
+def view(
+    model: ModelFile,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the page.", show_default="the model's name with .html behind it"),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Table with rows that the fit did not have, to compare with.", show_default=False),
+    ] = None,
+    value: Annotated[
+        str | None,
+        typer.Option(
+            metavar=COLUMN, help="What the values are called; with --data, its column of them.", show_default="value"
+        ),
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Predictions on the page at most.")] = 120_000,
+    open_it: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Write an interactive page about a model: factors, predictions along each aspect with intervals, how the fit went.
+
+    The page is one HTML file of 5 to 8 MB that needs no network. For example:
+
+    **probtensor view my.model --data heldout.csv --value pm25 --open**
+    """
+    with _user_errors():
+        from probtensor.comm import world
+        from probtensor.persistence import load
+        from probtensor.viewing import write_page
+
+        if not world().is_root:
+            return
+        if data is not None and value is None:
+            raise ValueError("--value: expected the column of values in the table of --data, got none")
+        fitted = load(model)
+        rows = None if data is None else _read_for(fitted, data, value)
+        page = model.with_name(f"{model.name}.html") if out is None else out
+        named = {} if value is None else {"value": value}
+        show = not quiet and sys.stderr.isatty()
+        write_page(fitted, page, data=rows, title=model.name, budget=budget, progress=show, **named)
+        typer.echo(f"Wrote {page}")
+        if open_it:
+            typer.launch(page.absolute().as_uri())
+
+
+def _read_for(fitted: Any, data: Path, value: str | None) -> tuple[pd.DataFrame, Any]:
+    """Return the coordinates of a table's rows as a model knows them, and their values if a column is named."""
+    from probtensor.axes import CategoricalAxis, ContinuousAxis
+    from probtensor.description import axes_of
+    from probtensor.readers import read_table
+
+    axes = axes_of(fitted)
+    near = [str(axis.name) for axis in axes if isinstance(axis, ContinuousAxis)]
+    labels = {str(axis.name): axis.label_dtype for axis in axes if isinstance(axis, CategoricalAxis)}
+    return read_table(data, value, near, labels, columns=[str(axis.name) for axis in axes])
 
 
 def _ranks(text: str | None, form: Form, fitted: Sequence[Axis]) -> int | tuple[int, ...]:
@@ -345,46 +404,6 @@ def _write_table(table: pd.DataFrame, out: Path | None) -> None:
         table.to_csv(out, index=False, sep="\t" if out.suffix == ".tsv" else ",")
     else:
         raise ValueError(f"--out: expected a name that ends in .csv, .tsv or .parquet, got {str(out)!r}")
-
-
-def _describe(model: Any, header: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of ``probtensor info``."""
-    from probtensor.axes import ContinuousAxis
-
-    yield f"{header['kind'].rpartition('.')[2]}, written by probtensor {header['probtensor_version']}"
-    facts = {
-        "form": model.form,
-        "noise (standard deviation)": f"{model.noise_std_:.6g}",
-        "bound on the log evidence": f"{model.bound_:.6f}",
-        "iterations": model.n_iter_,
-        "converged": f"{'yes' if model.converged_ else 'no'} ({model.stop_reason_})",
-    }
-    for name, fact in facts.items():
-        yield f"  {name:<28}{fact}"
-    for axis in model.axes_:
-        rank = model.factor(axis.name, at=axis.distinct[:1])[0].shape[1]
-        yield f"{axis.name}: rank {rank}, {_what(axis)}"
-        timed = isinstance(axis, ContinuousAxis) and axis.distinct is not None and axis.distinct.dtype.kind in "mM"
-        in_days = axis.kernel.lengthscales if timed else ()
-        for name, hyperparameter in model.hyperparameters_[axis.name].items():
-            words = f"{name} (days)" if name in in_days else name
-            yield f"  {words:<28}{_numbers(hyperparameter)}"
-
-
-def _what(axis: Axis) -> str:
-    """Return what a fitted axis holds, in words."""
-    from probtensor.axes import ContinuousAxis
-
-    values = [] if axis.distinct is None else axis.distinct
-    if isinstance(axis, ContinuousAxis):
-        return f"continuous, {axis.size} coordinates from {values[0]} to {values[-1]}, {axis.kernel}"
-    return f"categorical, {axis.size} labels: {', '.join(map(str, values[:5]))}{', ...' * (axis.size > 5)}"
-
-
-def _numbers(value: Any) -> str:
-    import numpy as np
-
-    return "  ".join(f"{number:.6g}" for number in np.asarray(value, dtype=np.float64).ravel())
 
 
 @contextmanager

@@ -60,7 +60,9 @@ def build_wheel(source: Path, target: Path) -> Path:
 def check_wheel(wheel: Path, unpacked: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        assert names == MODULES | {"probtensor/py.typed"}
+        assert names == MODULES | {
+            f"probtensor/{name}" for name in ("py.typed", "viewing.css", "viewing.html", "viewing.js")
+        }
         archive.extractall(unpacked)
     code = "import probtensor, probtensor.models as m, probtensor.inference as i; print(m.__file__); print(i.__file__)"
     files = run(sys.executable, "-c", code, cwd=unpacked, PYTHONPATH=str(unpacked)).splitlines()

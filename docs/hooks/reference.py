@@ -106,6 +106,11 @@ FAMILIES = {
     "plotting": Family(
         "Pictures", "Each function draws on axes that it is given or makes, and returns them.", ("probtensor.plotting",)
     ),
+    "viewing": Family(
+        "The page of a model",
+        "An HTML file that needs no network: [how to](../howto/predict.md#a-page-to-look-at-and-to-send-on).",
+        ("probtensor.viewing",),
+    ),
     "comm": Family("Several ranks", "Communicators: [on several ranks](../ranks/README.md).", ("probtensor.comm",)),
     "influence": Family(
         "Influence", "Which training rows predictions owe something to.", ("probtensor.inference.influence",)
