@@ -223,6 +223,7 @@ def run(
             if len(history) >= max(min_iter, PATIENCE + 1):
                 change = abs(history[-1] - history[-1 - PATIENCE])
                 if change <= tol * max(abs(history[-1]), scale):
+                    bar.total = bar.n  # done, however many sweeps there might have been
                     reason = f"the bound changed by less than tol={tol:g} (relative) over {PATIENCE} sweeps"
                     return Result(now.state, history, len(history), True, reason)
             if len(history) >= max_iter:

@@ -53,7 +53,7 @@ def register_with_peft() -> Any:
     Raises
     ------
     ModuleNotFoundError
-        Without PEFT: ``pip install 'probtensor[peft]'``.
+        Without PEFT: ``pip install peft``.
 
     Examples
     --------
@@ -110,7 +110,7 @@ def _classes() -> tuple[Any, Any]:
     except ModuleNotFoundError as error:
         if error.name != "peft":
             raise
-        raise ModuleNotFoundError("adapters in PEFT need it: pip install 'probtensor[peft]'", name="peft") from error
+        raise ModuleNotFoundError("adapters in PEFT need it: pip install peft", name="peft") from error
     utils: Any = import_module("peft.utils")
     tuners: Any = import_module("peft.tuners.tuners_utils")
     member = _extended(peft.PeftType)

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 DEFAULT_RANK = 6
 COLUMN = "COLUMN"
 TYPED = (".parquet", ".npz", ".zarr")  # files whose columns have types, unlike text
-DATES = r"\d{4}-\d{2}-\d{2}([ T].*)?"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -189,6 +188,7 @@ def fit(
 
     comm: Comm = Serial()
     with _user_errors(lambda: comm):
+        from probtensor.axes import CategoricalAxis
         from probtensor.data import resolve_axes
         from probtensor.description import describe_axis
         from probtensor.intake import agree_on_axes
@@ -209,7 +209,7 @@ def fit(
         n_rows = sum(int(data) for data in comm.gather_bytes(str(len(X)).encode()))
         if n_rows == 0 or len(X.columns) == 0:
             raise ValueError(f"{data}: expected values and columns beside them, got {n_rows} and {list(X.columns)}")
-        axes = _with_smoothness(resolve_axes(X), nu or [])
+        axes = _with_smoothness(resolve_axes(X, [CategoricalAxis(name) for name in labels]), nu or [])
         fitted = agree_on_axes(tuple(axis.fit(X[axis.name]) for axis in axes) if len(X) else None, comm)
         for axis in fitted if comm.is_root else ():
             guessed = axis.name not in near + labels and X[axis.name].dtype.kind == "i"
@@ -374,13 +374,12 @@ def _with_dates(table: pd.DataFrame, named: set[str], comm: Comm) -> pd.DataFram
     """
     import pandas as pd
 
+    from probtensor.columns import dates_of
+
     for name in table.columns.difference(list(named)):
-        texts, dates = table[name], None
-        if pd.api.types.is_string_dtype(texts.dtype) and bool(texts.str.fullmatch(DATES).eq(True).all()):
-            with suppress(ValueError):  # 2024-99-99 is no date, but a label
-                dates = pd.to_datetime(texts, format="ISO8601")
-        if b"no" not in comm.gather_bytes(b"no" if dates is None else b"yes"):
-            table = table.assign(**{name: dates})
+        dates = dates_of(table[name])
+        if b"no" not in comm.gather_bytes(b"no" if dates is None and len(table) else b"yes"):
+            table = table.assign(**{name: pd.to_datetime(table[name]) if dates is None else dates})
     return table
 
 

@@ -235,7 +235,8 @@ def _load(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{what} need {module.split(".")[0]}: pip install "probtensor[data]" ({error})') from error
+        package = module.split(".")[0]
+        raise ImportError(f"{what} need {package}: pip install {package} ({error})") from error
 
 
 def _native(part: Array) -> Array:

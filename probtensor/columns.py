@@ -6,6 +6,7 @@ Functions of arrays, without an axis. `Axis` and the readers call them; a user n
 from __future__ import annotations
 
 import base64
+import re
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pandas.api import types as ptypes
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+DATES = r"\d{4}-\d{2}-\d{2}([ T].*)?"
 _PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
 
 
@@ -52,13 +54,31 @@ def measured(column: pd.Series) -> pd.Index:
         return pd.DatetimeIndex(column).rename(None)
     if ptypes.is_timedelta64_dtype(dtype):
         return pd.TimedeltaIndex(column).rename(None)
+    if (dates := dates_of(column)) is not None:
+        return dates
     if not ptypes.is_numeric_dtype(dtype) or ptypes.is_bool_dtype(dtype) or ptypes.is_complex_dtype(dtype):
-        raise ValueError(f"column {column.name!r}: expected numbers, datetimes or timedeltas, got dtype {dtype}")
+        raise ValueError(
+            f"column {column.name!r}: expected numbers, datetimes or timedeltas, got dtype {dtype}; "
+            "pd.to_numeric and pd.to_datetime read text"
+        )
     values = column.to_numpy()
     values = values.astype(np.int64 if np.can_cast(values.dtype, np.int64) else np.float64, copy=False)
     reject_rows(~np.isfinite(values), column, "a finite coordinate in every row")
     index: pd.Index = pd.Index(values)
     return index
+
+
+def dates_of(column: pd.Series) -> pd.DatetimeIndex | None:
+    """Return a column of `datetime.date`, or of text that is an ISO 8601 date in every row, as datetimes; else None."""
+    if ptypes.infer_dtype(column, skipna=False) == "date":
+        return pd.DatetimeIndex(pd.to_datetime(column)).rename(None)
+    text = ptypes.is_string_dtype(column.dtype) and len(column) > 0 and not ptypes.is_numeric_dtype(column.dtype)
+    if not text or not re.fullmatch(DATES, str(column.iloc[0])) or not column.str.fullmatch(DATES).eq(True).all():
+        return None
+    try:
+        return pd.DatetimeIndex(pd.to_datetime(column, format="ISO8601")).rename(None)
+    except ValueError:  # 2024-99-99 is no date, but a label
+        return None
 
 
 def hashes(index: pd.Index) -> npt.NDArray[np.uint64]:

@@ -181,7 +181,7 @@ def import_mpi() -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but finds no MPI library
-        raise ImportError(f'running over MPI needs mpi4py and MPI: pip install "probtensor[mpi]" ({error})') from error
+        raise ImportError(f"running over MPI needs mpi4py and MPI: pip install mpi4py mpich ({error})") from error
     return MPI
 
 

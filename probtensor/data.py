@@ -6,6 +6,7 @@ from 0.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -17,11 +18,11 @@ import torch
 from pandas.api import types as ptypes
 
 from probtensor.axes import Axis, CategoricalAxis, ContinuousAxis
-from probtensor.columns import FloatArray, IntArray, as_series, numeric, to_cpu_array
+from probtensor.columns import FloatArray, IntArray, as_series, dates_of, numeric, to_cpu_array
 
 Duplicates = Literal["observations", "error", "sum", "mean"]
 
-_CONTINUOUS = {"floating", "datetime64", "datetime", "timedelta64", "timedelta"}
+_CONTINUOUS = {"date", "floating", "datetime64", "datetime", "timedelta64", "timedelta"}
 _CATEGORICAL = {"string", "categorical", "boolean", "integer", "empty"}
 
 
@@ -73,6 +74,11 @@ class Observations:
             If there is no row, lengths differ, a value or a coordinate is missing or infinite, a fitted axis has not
             seen a coordinate, or `duplicates` is "error" and there are some.
 
+        Warns
+        -----
+        UserWarning
+            If a column that is not among the axes given is text, and all of it ISO 8601 dates.
+
         Examples
         --------
         >>> data = Observations.from_table([["a", 0.5], ["b", 0.5], ["a", 0.5]], [1.0, 2.0, 3.0], duplicates="mean")
@@ -84,7 +90,10 @@ class Observations:
         table = as_table(X)
         values = _as_values(y, len(table))
         fitted, columns = [], []
+        named = [axis.name for axis in axes or ()]
         for axis in resolve_axes(table, axes):
+            if isinstance(axis, CategoricalAxis) and axis.name not in named:
+                _warn_of_dates(table[axis.name])
             axis = axis if axis.is_fitted else axis.fit(table[axis.name])
             fitted.append(axis)
             columns.append(_seen_positions(axis, table))
@@ -242,6 +251,16 @@ def _as_values(y: Any, n_rows: int) -> FloatArray:
         came = f"{values[bad[0]]} at row {bad[0]} (rows like it: {len(bad)})"
         raise ValueError(f"y: expected finite values, got {came}; leave holes out of X and y")
     return values
+
+
+def _warn_of_dates(column: pd.Series) -> None:
+    if dates_of(column) is not None:
+        warnings.warn(
+            f"column {column.name!r} has dates as text, and is taken for labels without an order; it is continuous "
+            f"after pd.to_datetime, or with axes=[ContinuousAxis({column.name!r})]; axes=[CategoricalAxis(…)] keeps labels",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _seen_positions(axis: Axis, table: pd.DataFrame) -> IntArray:

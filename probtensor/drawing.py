@@ -54,7 +54,5 @@ def pyplot() -> Any:
     except ModuleNotFoundError as error:
         if not str(error.name).startswith("matplotlib"):
             raise
-        raise ModuleNotFoundError(
-            "plots need matplotlib: pip install 'probtensor[plots]'", name="matplotlib"
-        ) from error
+        raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib", name="matplotlib") from error
     return plt

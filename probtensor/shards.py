@@ -92,7 +92,8 @@ def read_shard(
         known = [name for name in source.names if name != value]
         modes = known if columns is None else list(columns)
         _check_names("value", [] if value is None else [value], source.names)
-        _check_names("columns", modes, known)
+        if lacking := [name for name in modes if name not in known]:
+            raise ValueError(f"columns: expected {lacking} in the table, got {known}")
         _check_names("continuous", near, modes)
         _check_names("categorical", list(labels), [name for name in modes if name not in near])
         return (source, modes), None

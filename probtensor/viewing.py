@@ -228,7 +228,7 @@ def _plotly() -> str:
     except ModuleNotFoundError as error:
         if not str(error.name).startswith("plotly"):
             raise
-        raise ModuleNotFoundError("pages need plotly: pip install 'probtensor[view]'", name="plotly") from error
+        raise ModuleNotFoundError("pages need plotly: pip install plotly", name="plotly") from error
     return str(get_plotlyjs())
 
 

@@ -118,7 +118,7 @@ def test_a_missing_datetime_names_column_and_row():
         ContinuousAxis("time").fit(pd.to_datetime(["2024-01-01", None]))
 
 
-@pytest.mark.parametrize("column", [["a", "b"], [True, False], [1j, 2j], [date(2024, 1, 1)]])
+@pytest.mark.parametrize("column", [["a", "b"], [True, False], [1j, 2j], ["2024-01-01", "soon"]])
 def test_columns_that_are_neither_numbers_nor_times_are_refused(column):
     with pytest.raises(ValueError, match="column 'x': expected numbers, datetimes or timedeltas, got dtype"):
         ContinuousAxis("x").fit(column)

