@@ -257,7 +257,7 @@ def _warn_of_dates(column: pd.Series) -> None:
     if dates_of(column) is not None:
         warnings.warn(
             f"column {column.name!r} has dates as text, and is taken for labels without an order; it is continuous "
-            f"after pd.to_datetime, or with axes=[ContinuousAxis({column.name!r})]; axes=[CategoricalAxis(…)] keeps labels",
+            f"after pd.to_datetime, or with axes=[ContinuousAxis({column.name!r})]; a CategoricalAxis keeps labels",
             UserWarning,
             stacklevel=2,
         )
