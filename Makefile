@@ -58,7 +58,9 @@ types: $(INSTALLED)
 
 unit: $(INSTALLED)
 	@echo "== pytest =="
-	@$(BIN)/python -m pytest -q --durations=10 $(PARALLEL)
+	@$(BIN)/python -m pytest -q --durations=5 -m "not mpi" $(PARALLEL)
+	@# One at a time: ranks that wait for each other keep their cores busy.
+	@$(BIN)/python -m pytest -q --durations=5 -m mpi
 
 doctest: $(INSTALLED)
 	@echo "== doctests =="
