@@ -95,7 +95,7 @@ def trees(data: Split) -> Found:
 
 
 def chosen(fit: Ranked, ranks: Sequence[int]) -> Predict:
-    """A decomposition with the rank, and with effects or the mean taken off first, that an eighth of the rows asks for."""
+    """A decomposition with the rank, and effects or the mean taken off first, as an eighth of the rows asks for."""
 
     def predict(data: Split) -> Found:
         inner = split(data.X, data.y, data.seed, 1 / 8)

@@ -83,7 +83,7 @@ def funbat_cases(quick: bool, data: Path | None) -> list[Case]:
     pyttb = "pyttb", peer("pyttb gcp_opt(mask), rank chosen", chosen(pyttb_cp, ranks))
     gp, gp_out = installed(
         [
-            ("gpytorch", peer("GPyTorch, sparse GP", sparse_gp(*((100, 200) if quick else (500, 500))))),
+            ("gpytorch", peer("GPyTorch, sparse GP", sparse_gp(*((100, 200) if quick else (300, 400))))),
             pyttb,
             ("bayespy", peer("BayesPy CP, rank ≤ 16", bayespy_cp(16, sweeps))),
         ]
