@@ -77,9 +77,12 @@ def draw_ratios(results: Path, out: Path) -> None:
                 fontsize=TICK_SIZE - 1.5,
                 color=INK,
             )
-        ax.set_xscale("log")
         low, high = min(value for _, value in there), max(value for _, value in there)
-        ax.set_xlim(min(low, 1) / 1.9, max(high, 1) * 1.9)
+        if high > 3 * low:
+            ax.set_xscale("log")
+            ax.set_xlim(min(low, 1) / 5, max(high, 1) * 5)
+        else:
+            ax.set_xlim(min(low, 1) - 0.1, max(high, 1) + 0.1)
         dress(ax, label, "")
         ax.tick_params(axis="y", length=0)
         ax.minorticks_off()
@@ -98,6 +101,7 @@ def draw_costs(results: Path, out: Path) -> None:
     panels[1].set_xticks([2, 4, 8, 16, 32, 64], ["2", "4", "8", "16", "32", "64"])
     panels[2].set_xticks([1, 2], ["1", "2"])
     panels[2].set_xlim(0.85, 2.35)
+    panels[2].set_ylim(panels[2].get_ylim()[0], 4 * panels[2].get_ylim()[1])  # room for the legend
     for panel, slope in ((panels[0], 1), (panels[1], 1), (panels[2], -1)):
         x = np.array(panel.get_xlim())
         low, high = panel.get_ylim()
@@ -160,5 +164,5 @@ def _short(case: str) -> str:
 
 
 def _save(figure: Any, out: Path) -> None:
-    figure.savefig(out, dpi=110, metadata={"Software": None})
+    figure.savefig(out, dpi=90, metadata={"Software": None})
     pyplot().close(figure)

@@ -86,7 +86,11 @@ def roofline(
     if unknown := [name for name in wanted if name not in LOOPS]:
         raise typer.BadParameter(f"loops: expected some of {', '.join(LOOPS)}, got {unknown[0]!r}")
     numbers = [int(text) for text in threads.split(",")] if device == "cpu" else [1]
-    report([machine(device), "", *roofline_lines(device, numbers, wanted)], out)
+    lines = []
+    for line in roofline_lines(device, numbers, wanted):
+        print(line, file=sys.stderr, flush=True)
+        lines.append(line)
+    report([machine(device), "", *lines], out)
 
 
 @app.command()
