@@ -20,7 +20,18 @@ from benchmarks.commands import machine
 
 __all__ = ["Case", "Method", "Run", "as_json", "markdown", "measure", "versions"]
 
-PACKAGES = ("torch", "numpy", "scikit-learn", "tensorly", "pyro-ppl", "gpytorch", "peft", "lycoris-lora", "pyttb")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "scikit-learn",
+    "tensorly",
+    "pyro-ppl",
+    "gpytorch",
+    "peft",
+    "lycoris-lora",
+    "pyttb",
+    "bayespy",
+)
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 
@@ -54,12 +65,15 @@ class Case:
     methods : sequence of Method
     decides : str
         The figure by which methods are ranked: the lower, the better, but for "found".
+    left_out : tuple of str
+        Peers that are not installed.
     """
 
     name: str
     data: Callable[[int], Any]
     methods: tuple[Method, ...]
     decides: str = "rmse"
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,12 +123,14 @@ def markdown(cases: Iterable[Case], runs: list[Run]) -> list[str]:
         ]
         for method in ranked:
             figures = means[method.name]
-            cells = [f"{figures[key]:.4g}" if key in figures else "–" for key in columns]
+            cells = [_number(figures[key]) if key in figures else "–" for key in columns]
             ratios = ["–", "–"]
             if peer is not None:
                 ratios = [f"{figures[key] / means[peer][key]:.3g}" for key in (case.decides, "cpu")]
             lines.append(_row([f"**{method.name}**" if method.ours else method.name, *cells, *ratios]))
         lines.append("")
+        if case.left_out:
+            lines += [f"Not installed, so left out: {', '.join(case.left_out)}.", ""]
     return lines
 
 
@@ -138,6 +154,10 @@ def versions() -> dict[str, str]:
 def _means(runs: list[Run]) -> dict[str, float]:
     keys = dict.fromkeys(key for run in runs for key in run.figures)
     return {key: statistics.fmean(run.figures[key] for run in runs if key in run.figures) for key in keys}
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from probtensor.inference.influence import influence, output_layer_influence
 
-__all__ = ["DainNetwork", "influence_lines", "jobs_of"]
+__all__ = ["DainNetwork", "influence_lines", "job_of", "jobs_of", "random_rows"]
 
 N_LABELS = 1000  # of each of three modes
 WIDTHS = (150, 1024, 1024, 128)
@@ -89,11 +89,11 @@ def measure(kind: str, cells: int, checkpoints: int, device: str, chunk: int) ->
     """Seconds, bytes beyond the model and the rows, floating-point operations of the forward passes, their speed."""
     torch.manual_seed(0)
     module = DainNetwork().to(device)
-    train, query = (_rows(n, device) for n in (cells, QUERY))
+    train, query = (random_rows(n, device) for n in (cells, QUERY))
     state = {name: value.detach() for name, value in module.state_dict().items()}
     few = train[0][:64], train[1][:64]
-    _work(module, kind, (few, few), 1, chunk)()  # loads what there is to load
-    work = _work(module, kind, (train, query), checkpoints, chunk)
+    job_of(module, kind, (few, few), 1, chunk)()  # loads what there is to load
+    work = job_of(module, kind, (train, query), checkpoints, chunk)
     before = _memory(device) if device == "cpu" else float(torch.cuda.memory_allocated())
     seconds, busy = _timed(work, device)
     memory = _memory(device) - before
@@ -102,7 +102,7 @@ def measure(kind: str, cells: int, checkpoints: int, device: str, chunk: int) ->
     return {"seconds": seconds, "busy": busy, "memory": memory, "flop": flop, "speed": _speed(device)}
 
 
-def _work(
+def job_of(
     module: DainNetwork, kind: str, rows: tuple[Rows, Rows], checkpoints: int, chunk: int
 ) -> Callable[[], Tensor]:
     if kind == "given":
@@ -120,7 +120,7 @@ def _hidden(module: DainNetwork, rows: Rows, chunk: int) -> Rows:
     return hidden, torch.addmv(module.out.bias - values, hidden, module.out.weight[0])
 
 
-def _rows(n: int, device: str) -> Rows:
+def random_rows(n: int, device: str) -> Rows:
     generator = torch.Generator(device).manual_seed(n)
     labels = torch.randint(N_LABELS, (n, 3), generator=generator, device=device)
     return labels, torch.randn(n, generator=generator, device=device)

@@ -9,9 +9,13 @@ import torch
 import typer
 
 from benchmarks.commands import Out, app, machine, report
+from benchmarks.draw import draw_costs, draw_ratios
 from benchmarks.head_to_head import as_json, markdown, measure, versions
 from benchmarks.ranks import rank_lines
+from benchmarks.roofline import LOOPS, roofline_lines
+from benchmarks.roofline_cards import h100_lines
 from benchmarks.run_suites import SUITES
+from benchmarks.tables import RESULTS
 from benchmarks.variational_ranks import variational_rank_lines
 
 RANKS = "mpi"
@@ -64,3 +68,36 @@ def svi_ranks(
     """Seconds of a step of variational inference over all rows, on several MPI ranks."""
     numbers = [[int(x) for x in text.split(",")] for text in (ranks, sizes)]
     report([machine("cpu"), "", *variational_rank_lines([launcher()], *numbers)], out)
+
+
+@app.command()
+def roofline(
+    device: str = "cpu",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, separated by commas.")] = "1,2",
+    loops: Annotated[str, typer.Option(help="Of the hot loops, separated by commas.")] = ",".join(LOOPS),
+    recorded: Annotated[bool, typer.Option("--recorded", help="H100: from the timings in benchmarks/results.")] = False,
+    out: Out = None,
+) -> None:
+    """Share of what memory and arithmetic allow that each hot loop reaches."""
+    if recorded:
+        report(["One NVIDIA H100 80GB HBM3, its published limits", "", *h100_lines(RESULTS)], out)
+        return
+    wanted = loops.split(",")
+    if unknown := [name for name in wanted if name not in LOOPS]:
+        raise typer.BadParameter(f"loops: expected some of {', '.join(LOOPS)}, got {unknown[0]!r}")
+    numbers = [int(text) for text in threads.split(",")] if device == "cpu" else [1]
+    lines = []
+    for line in roofline_lines(device, numbers, wanted):
+        print(line, file=sys.stderr, flush=True)
+        lines.append(line)
+    report([machine(device), "", *lines], out)
+
+
+@app.command()
+def draw(
+    results: Annotated[Path, typer.Option(help="Folder of the tables.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("docs"),
+) -> None:
+    """Pictures of the results: seconds against rows, rank and processes; ours over the best peer."""
+    draw_costs(results, out / "cost.png")
+    draw_ratios(results, out / "against_peers.png")

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.latent_functions import GaussianProcess
 from probtensor.resources import keep_freed_memory
 
-__all__ = ["now", "random_rows", "scale_lines", "scale_model"]
+__all__ = ["bandwidth", "now", "random_rows", "scale_lines", "scale_model", "timed_sweep"]
 
 
 def scale_lines(
@@ -29,7 +29,7 @@ def scale_lines(
     """
     keep_freed_memory()  # as every fit does
     model = scale_model(device, rank, coordinates, dtype)
-    speed = _bandwidth(device)
+    speed = bandwidth(device)
     item = torch.finfo(dtype).bits // 8
     index = 4 if device.startswith("cuda") else 8
     a_row = 3 * (index * 3 + item)
@@ -47,7 +47,7 @@ def scale_lines(
         state = model.start(total_here(map(model.local_start, parts)), torch.Generator().manual_seed(0))
         whole, sums = [], []
         for _ in range(repeats + 1):
-            taken, state = _sweep(model, state, parts)
+            taken, state = timed_sweep(model, state, parts)
             whole.append(taken[0])
             sums.append(taken[1])
         seconds, of_it = statistics.median(whole[1:]), statistics.median(sums[1:])
@@ -82,7 +82,7 @@ def random_rows(
 
 
 @torch.no_grad()
-def _sweep(model: FunctionalTucker, state: State, parts: list[Rows]) -> tuple[tuple[float, float], State]:
+def timed_sweep(model: FunctionalTucker, state: State, parts: list[Rows]) -> tuple[tuple[float, float], State]:
     """Seconds of a sweep, and of its sums over rows; the state after it."""
     start, of_it = now(parts), 0.0
     for block in model.blocks:
@@ -102,7 +102,7 @@ def now(parts: list[Rows]) -> float:
     return time.perf_counter()
 
 
-def _bandwidth(device: str) -> float:
+def bandwidth(device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second that a copy reads and writes."""
     source = torch.ones(2**28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -110,9 +110,9 @@ def _bandwidth(device: str) -> float:
     for _ in range(6):
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         target.copy_(source)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return 2 * source.numel() * 4 / min(seconds[1:])

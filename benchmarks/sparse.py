@@ -26,7 +26,7 @@ from probtensor.models.linear_coding import LinearCoding, LinearParameters
 from probtensor.models.max_coding import MaxCoding
 from probtensor.models.spike_slab import SlabParameters
 
-__all__ = ["bars_lines", "missing_lines", "patch_lines", "picture_lines", "step_lines"]
+__all__ = ["bars_lines", "missing_lines", "patch_lines", "patch_steps", "picture_lines", "step_lines"]
 
 Array = npt.NDArray[np.float64]
 CODERS = {"BSC": BSC, "TSC": TSC, "DSC": DSC, "MCA": MCA, "MMCA": MMCA, "GSC": GSC}
@@ -242,6 +242,37 @@ def missing_lines(folder: Path, share: float = 0.5) -> list[str]:
     return lines
 
 
+def patch_steps(device: str, n: int, n_components: int, side: int) -> tuple[Callable[[int], object], float]:
+    """So many steps of BSC on n random patches, in float32, and the operations of the products of one."""
+    D, H = side**2, n_components
+    generator = torch.Generator(device).manual_seed(0)
+    W = torch.randn(D, H, generator=generator, device=device)
+    y = torch.randn(n, D, generator=generator, device=device)
+    y += (torch.rand(n, H, generator=generator, device=device) < 3 / H).float() @ W.T
+    size = 2**17 if device.startswith("cuda") else 512
+    blocks = [Points.of(part, False) for part in y.split(size)]
+    like = torch.zeros((), device=device)
+    selection = Preselection(few_active(8, 5, (1.0,), like), H)
+    params = LinearParameters(W + 0.1, like.new_tensor([1 - 3 / H, 3 / H]).log(), like + 2.0)
+
+    def steps(count: int) -> object:
+        return run(
+            LinearCoding((1.0,)),
+            params,
+            blocks,
+            selection=selection,
+            comm=Serial(),
+            temperature=lambda step: 1.0,
+            max_iter=count,
+            tol=0.0,
+            quiet=True,
+            progress=False,
+        )
+
+    states = len(selection.table.values)
+    return steps, 2.0 * n * (2 * D * H + 2 * states * (8 + 36))
+
+
 def patch_lines(device: str, sizes: Sequence[int], n_components: int, side: int) -> list[str]:
     """Markdown lines: seconds of a step of BSC on random patches, in float32, and the share of the card's peak."""
     lines = [
@@ -250,38 +281,14 @@ def patch_lines(device: str, sizes: Sequence[int], n_components: int, side: int)
         "| device | patches | seconds a step | microseconds a patch | GFLOP of products a step | TFLOP/s |",
         "|---|---|---|---|---|---|",
     ]
-    D, H = side**2, n_components
     for n in sizes:
-        generator = torch.Generator(device).manual_seed(0)
-        W = torch.randn(D, H, generator=generator, device=device)
-        y = torch.randn(n, D, generator=generator, device=device)
-        y += (torch.rand(n, H, generator=generator, device=device) < 3 / H).float() @ W.T
-        size = 2**17 if device.startswith("cuda") else 512
-        blocks = [Points.of(part, False) for part in y.split(size)]
-        like = torch.zeros((), device=device)
-        selection = Preselection(few_active(8, 5, (1.0,), like), H)
-        params = LinearParameters(W + 0.1, like.new_tensor([1 - 3 / H, 3 / H]).log(), like + 2.0)
-        model, n_steps = LinearCoding((1.0,)), 5
-
+        steps, flops = patch_steps(device, n, n_components, side)
         taken = []
-        for count in (1, 0, n_steps):
+        for count in (1, 0, 5):
             began = _now(device)
-            run(
-                model,
-                params,
-                blocks,
-                selection=selection,
-                comm=Serial(),
-                temperature=lambda step: 1.0,
-                max_iter=count,
-                tol=0.0,
-                quiet=True,
-                progress=False,
-            )
+            steps(count)
             taken.append(_now(device) - began)
-        seconds = (taken[2] - taken[1]) / n_steps
-        states = len(selection.table.values)
-        flops = 2 * n * (2 * D * H + 2 * states * (8 + 36))
+        seconds = (taken[2] - taken[1]) / 5
         name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
         per_patch, rate = 1e6 * seconds / n, flops / seconds / 1e12
         lines.append(f"| {name} | {n:,} | {seconds:.3f} | {per_patch:.2f} | {flops / 1e9:.0f} | {rate:.2f} |")
