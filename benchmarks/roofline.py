@@ -317,8 +317,12 @@ def row(name: str, work: Work, seconds: float, speed: float, peak: float) -> str
     least = {"memory": work.bytes / speed, "arithmetic": work.flops / peak}
     bound = max(least, key=lambda key: least[key])
     cells = [f"{work.flops / 1e9:.3g}", f"{work.bytes / 1e9:.3g}", f"{work.flops / work.bytes:.3g}"]
-    cells += [f"{seconds:.3g}", f"{least[bound]:.2g}", bound, f"{100 * least[bound] / seconds:.2g} %"]
+    cells += [f"{seconds:.3g}", f"{least[bound]:.2g}", bound, _percent(100 * least[bound] / seconds)]
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
 
 
 def _seconds(passes: Callable[[int], object], clock: Callable[[], float], budget: float) -> float:
