@@ -28,7 +28,8 @@ def describe(model: Any) -> Iterator[str]:
         n = model.factor(axis.name, at=axis.distinct[:1])[0].shape[1] if hasattr(model, "factor") else None
         yield f"{axis.name}: {'' if n is None else f'rank {n}, '}{describe_axis(axis)}"
         for name, learned in hyperparameters(model, axis).items():
-            yield f"  {name:<28}{numbers(learned)}"
+            last = "  (the last: of the main effect)" if n is not None and np.size(learned) == n + 1 else ""
+            yield f"  {name:<28}{numbers(learned)}{last}"
 
 
 def describe_model(model: Any) -> dict[str, str]:

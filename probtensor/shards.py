@@ -83,6 +83,9 @@ def read_shard(
     >>> X.to_numpy().tolist(), y.tolist()
     ([[0, 1], [4, 5]], [0.5, 1.5])
     """
+    for argument, names in (("continuous", continuous), ("categorical", categorical), ("columns", columns)):
+        if isinstance(names, str):
+            raise ValueError(f"{argument}: expected a list of names, got {names!r}")
     near = list(continuous)
     labels = dict(categorical) if isinstance(categorical, Mapping) else dict.fromkeys(categorical, "mixed")
     together: Together = partial(_together, comm)

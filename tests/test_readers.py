@@ -207,6 +207,7 @@ def test_a_file_without_values_keeps_all_rows(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"value": "y", "continuous": "when"}, "continuous: expected a list of names, got 'when'"),
         ({"value": "z"}, r"value: expected columns among \['when', .*'y'\], got \['z'\]"),
         ({"value": "y", "continuous": ["z"]}, "continuous: expected columns among .* got .'z'"),
         ({"value": "y", "categorical": ["z"]}, "categorical: expected columns among .* got .'z'"),
