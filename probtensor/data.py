@@ -90,9 +90,10 @@ class Observations:
         table = as_table(X)
         values = _as_values(y, len(table))
         fitted, columns = [], []
-        named = [axis.name for axis in axes or ()]
-        for axis in resolve_axes(table, axes):
-            if isinstance(axis, CategoricalAxis) and axis.name not in named:
+        resolved = resolve_axes(table, axes)
+        asked = {axis.name for axis in axes or ()}  # None: each column, by position
+        for axis in resolved:
+            if isinstance(axis, CategoricalAxis) and not asked & {axis.name, None}:
                 _warn_of_dates(table[axis.name])
             axis = axis if axis.is_fitted else axis.fit(table[axis.name])
             fitted.append(axis)

@@ -337,6 +337,7 @@ def test_dates_as_text_are_labels_with_a_warning_and_continuous_where_asked():
     assert axis.coordinates.tolist() == [0.0, 1.0, 2.0]
     assert axis.encode(["2024-01-02T12:00"]).tolist() == [1.5]
     Observations.from_table(table, [1.0, 2.0, 3.0], axes=[CategoricalAxis("day")])  # as asked: no warning
+    Observations.from_table(table, [1.0, 2.0, 3.0], axes=[CategoricalAxis()])
 
 
 @pytest.mark.parametrize("days", [["2024-01-03", "last week"], ["2024-99-99"], ["week 2024-01-03"], []])
