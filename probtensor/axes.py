@@ -124,7 +124,8 @@ class Axis(ABC):
 class ContinuousAxis(Axis):
     """A mode indexed by numbers, datetimes or timedeltas; nearby coordinates have similar effects.
 
-    Datetimes are encoded as days since the midnight (UTC) before the first of them, timedeltas as days.
+    Datetimes are encoded as days since the midnight (UTC) before the first of them, timedeltas as days. `datetime.date`
+    and text that is an ISO 8601 date in every row are read as datetimes, and come back as such.
 
     Parameters
     ----------

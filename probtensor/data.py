@@ -161,7 +161,7 @@ def as_table(X: Any) -> pd.DataFrame:
 def infer_axis(column: npt.ArrayLike, name: str | None) -> Axis:
     """Return the unfitted axis that the type of `column` (n,) suggests.
 
-    Floats, datetimes and timedeltas are continuous; strings, categories, booleans and integers categorical.
+    Floats, datetimes, dates and timedeltas are continuous; strings, categories, booleans and integers categorical.
 
     Raises
     ------
