@@ -47,6 +47,8 @@ SPECIAL = {  # methods that are for some sets only
     ("student", "serology"),
     ("student", "il2"),
     ("student", "movielens"),
+    ("students", "serology"),
+    ("students", "il2"),
 }
 RANKS = (2, 4, 8, 16)  # of TensorLy's decompositions
 SWEEPS = 200
@@ -166,12 +168,17 @@ BAYESIAN_METHODS: dict[str, tuple[str, Callable[..., Found]]] = {  # name on the
     ),
     "network": ("NeuralTensorCompletion()", partial(of_model, network)),
     "cp": ("**BayesianCP()**", partial(of_model, partial(bayesian, BayesianCP))),
+    "members": ("**BayesianCP(n_members=5)**", partial(of_model, partial(bayesian, BayesianCP, n_members=5))),
     "gamma": ('**BayesianCP(prior="gamma")**, of real values less their minimum', nonnegative),
     "gammas": ('**BayesianCP(prior="gamma", n_init=4)**', partial(nonnegative, n_init=4)),
     "tuckers": ("**BayesianTucker()**", partial(of_model, partial(bayesian, BayesianTucker))),
     "student": (
         '**BayesianCP(likelihood="student-t")**',
         partial(of_model, partial(bayesian, BayesianCP, likelihood="student-t")),
+    ),
+    "students": (
+        '**BayesianCP(likelihood="student-t", n_members=5)**',
+        partial(of_model, partial(bayesian, BayesianCP, likelihood="student-t", n_members=5)),
     ),
     "binomial": (
         '**BayesianCP(likelihood="negative-binomial")**',

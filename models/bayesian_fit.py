@@ -1,20 +1,23 @@
 """How Bayesian CP and Tucker with normal factors are fitted: by message passing, or by guides that start from it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from probtensor.blocks import add_up
 from probtensor.calibration import ScaleMixture
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm
 from probtensor.intake import Table
 from probtensor.models.bayesian_parameters import calibrate, held_out_share, observation_of, resolve_guide
 from probtensor.models.factor_guides import MeanField, factor_model, fit_guide, relevance_of, start_parameters
-from probtensor.models.factor_posterior import FactorFit, RowPosterior
-from probtensor.models.functional_fit import Fitted, fit
+from probtensor.models.factor_posterior import FactorFit, MixturePosterior, RowPosterior
+from probtensor.models.functional_fit import Fitted, fit, no_convergence_warning
+from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_table import uniform
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.tucker_start import start_from_components
@@ -35,7 +38,7 @@ def fit_rows(
     generator: torch.Generator,
     checkpoints: Checkpoints | None,
 ) -> FactorFit:
-    """Message passing, with a share of the rows held out at first to calibrate on.
+    """Message passing, with a share of the rows held out at first to calibrate on; from several starts if asked to.
 
     Parameters
     ----------
@@ -51,10 +54,55 @@ def fit_rows(
         In the same state on every rank.
     checkpoints : Checkpoints or None
     """
+    if params["n_members"] > 1:
+        return _fit_members(model, table, comm, params, prune_below, generator, checkpoints)
     share = None if params["calibration"] == "auto" else float(params["calibration"])
     fitted = _sweep(model, table, comm, params, share, prune_below, generator, checkpoints)
     posterior = RowPosterior(fitted.model, fitted.state)
     return FactorFit(posterior, fitted.observation, fitted.bound_history, fitted.converged, fitted.relevance)
+
+
+def _fit_members(
+    model: FunctionalTucker,
+    table: Table,
+    comm: Comm,
+    params: Mapping[str, Any],
+    prune_below: float,
+    generator: torch.Generator,
+    checkpoints: Checkpoints | None,
+) -> FactorFit:
+    """Message passing from several starts; what is calibrated is their mixture."""
+    assert model.likelihood is not None
+    seeds = torch.randint(2**62, (params["n_members"] + 1,), generator=generator).tolist()
+    held = uniform(table.key, seeds[-1]) < held_out_share(params["calibration"], model.likelihood, table, comm)
+    calibrating = bool(comm.sum(held.sum()[None].double()) > 0)
+    generators = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds[:-1]]
+    fitted: list[Fitted] = []
+    mixture: tuple[ScaleMixture, ...] = ()
+    quiet = dict(params) | {"progress": False}
+    n_fits = len(generators) * (1 + calibrating)
+    with tqdm(total=n_fits, desc="fits", delay=SHOW_AFTER, disable=not (params["progress"] and comm.is_root)) as bar:
+        for rows, name in ((table.take(~held), "part"), (table, "all"))[not calibrating :]:
+            found = []
+            for m, own in enumerate(generators):
+                before = fitted[m] if fitted else None
+                part = nullcontext() if checkpoints is None else checkpoints.within(f"member-{m}-{name}")
+                with part, no_convergence_warning(quiet=name == "part"):
+                    found.append(_sweep(model, rows, comm, quiet, 0.0, prune_below, own, checkpoints, before=before))
+                bar.update()
+            fitted = found
+            if name == "part":
+                mixture = calibrate(model.likelihood, _mixture(fitted), table.take(held), comm)
+    best = max(fitted, key=lambda each: each.bound_history[-1])
+    posterior = _mixture(fitted)
+    observation = observation_of(model.likelihood, posterior.log_parameters, mixture)
+    converged = all(each.converged for each in fitted)
+    return FactorFit(posterior, observation, best.bound_history, converged, best.relevance)
+
+
+def _mixture(fitted: list[Fitted]) -> MixturePosterior:
+    ranked = sorted(fitted, key=lambda each: each.bound_history[-1], reverse=True)
+    return MixturePosterior(tuple(RowPosterior(each.model, each.state) for each in ranked))
 
 
 def fit_by_guide(
@@ -108,9 +156,15 @@ def _sweep(
     prune_below: float,
     generator: torch.Generator,
     checkpoints: Checkpoints | None,
+    before: Fitted | None = None,
 ) -> Fitted:
+    """One fit; from the state of one `before`, with other rows, if there is one."""
     settings = params["max_iter"], params["tol"], params["n_init"]
-    start = partial(start_from_components, model, comm=comm, settings=settings, generator=generator)
+    start: Callable[[list[Rows]], State] | None = None
+    if before is not None:
+        model, start = before.model, partial(_from_state, before, comm)
+    elif model.form == "tucker":
+        start = partial(start_from_components, model, comm=comm, settings=settings, generator=generator)
     return fit(
         model,
         table,
@@ -123,5 +177,11 @@ def _sweep(
         n_init=params["n_init"],
         progress=params["progress"],
         checkpoints=checkpoints,
-        start=None if model.form == "cp" else start,
+        start=start,
     )
+
+
+def _from_state(before: Fitted, comm: Comm, rows: list[Rows]) -> State:
+    """The state of a fit to other rows."""
+    n_rows, square = comm.sum(*add_up(before.model.local_start(part)[:2] for part in rows))
+    return before.state._replace(n_rows=n_rows, square=square)

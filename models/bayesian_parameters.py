@@ -95,9 +95,11 @@ def resolve_guide(params: Mapping[str, Any], form: str) -> Any:
     if horseshoe and form == "tucker":
         raise ValueError('relevance: expected "gamma" for Tucker, got "horseshoe"')
     if guide == "auto":
-        return "mean_field" if horseshoe else "rows"
+        guide = "mean_field" if horseshoe else "rows"
     if guide == "rows" and horseshoe:
         raise ValueError('relevance: expected "gamma" with guide="rows", got "horseshoe"')
+    if params["n_members"] > 1 and guide != "rows":
+        raise ValueError(f"n_members: expected 1 with guide={guide!r}, got {params['n_members']}")
     return guide
 
 
@@ -205,7 +207,7 @@ def check_parameters(given: Mapping[str, Any]) -> None:
     for name, choices in CHOICES.items():
         if name in given and given[name] not in choices:
             raise ValueError(f"{name}: expected one of {list(choices)}, got {given[name]!r}")
-    for name in ("max_iter", "n_init", "n_steps"):
+    for name in ("max_iter", "n_init", "n_members", "n_steps"):
         if not (is_integer(given[name]) and given[name] >= 1):
             raise ValueError(f"{name}: expected an integer of at least 1, got {given[name]!r}")
     size = given["batch_size"]
@@ -235,9 +237,9 @@ def check_nonnegative(given: Mapping[str, Any], likelihood: Likelihood) -> None:
         raise ValueError(
             f'likelihood: expected "gaussian", "student-t" or "poisson" with prior="gamma", got {given["likelihood"]!r}'
         )
-    for name, only in (("guide", "auto"), ("relevance", "gamma")):
+    for name, only in (("guide", "auto"), ("relevance", "gamma"), ("n_members", 1)):
         if given[name] != only:
-            raise ValueError(f'{name}: expected "{only}" with prior="gamma", got {given[name]!r}')
+            raise ValueError(f'{name}: expected {only!r} with prior="gamma", got {given[name]!r}')
 
 
 def observation_to_state(observation: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:

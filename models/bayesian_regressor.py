@@ -36,9 +36,9 @@ from probtensor.models.factor_guides import (
     factor_model_from,
     read_factors,
 )
-from probtensor.models.factor_posterior import FactorPosterior, RowPosterior
+from probtensor.models.factor_posterior import FactorPosterior, MixturePosterior, RowPosterior, read_rows
 from probtensor.models.funbat_parameters import resolve_ranks
-from probtensor.models.funbat_state import likelihood_from_state, likelihood_to_state, read_posterior
+from probtensor.models.funbat_state import likelihood_from_state, likelihood_to_state
 from probtensor.models.functional_table import has_repeated_cells
 from probtensor.models.nonnegative_counts import NonNegativeCounts, count_predictive, draw_counts
 from probtensor.models.nonnegative_posterior import NonNegativePosterior, fit_nonnegative, read_nonnegative
@@ -76,6 +76,7 @@ class FactorRegressor(TensorRegressor, ABC):
     max_iter: int
     tol: float
     n_init: int
+    n_members: int
     n_steps: int
     learning_rate: float
     batch_size: int | None
@@ -165,7 +166,7 @@ class FactorRegressor(TensorRegressor, ABC):
         side = next((side for side in self._sides if side.mode == mode), None)
         if side is None:
             raise ValueError(f"name: expected a mode with side information, got {name!r}")
-        assert isinstance(self._posterior, RowPosterior)
+        assert isinstance(self._posterior, RowPosterior | MixturePosterior)
         components, effect = self._posterior.feature_effects(mode)
         found = zip(components, (None, None) if effect is None else effect, strict=True)
         labels, scale = self.axes_[mode].distinct, self.y_scale_
@@ -410,11 +411,10 @@ class FactorRegressor(TensorRegressor, ABC):
         if meta["posterior"] == "nonnegative":
             self._posterior = read_nonnegative(arrays, meta)
             return
-        params, like = self.get_params(deep=False), arrays["log_parameters" if "noise" in arrays else "svi.hyper.0"]
+        params, like = self.get_params(deep=False), arrays["bound_history"]
         model = row_model(self.axes_, self.rank_, self.form, False, params, like, self.y_scale_, self._sides)
-        if meta["posterior"] == "rows":
-            model, state, _ = read_posterior(model, arrays, meta)
-            self._posterior = RowPosterior(model, state)
+        if meta["posterior"] in ("rows", "mixture"):
+            self._posterior = read_rows(model, arrays, meta)
         else:
             self._posterior = read_factors(
                 factor_model_from(meta["model"], self._likelihood), arrays, meta["posterior"]

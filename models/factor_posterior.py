@@ -1,7 +1,8 @@
-"""What every posterior over the entries of a factorized tensor answers, and the one that message passing finds.
+"""What every posterior over the entries of a factorized tensor answers, and those that message passing finds.
 
 `RowPosterior` is that of `probtensor.models.functional_tucker` with labels for coordinates: each row of a factor has a
-normal distribution with a full covariance, and what all labels share has one more.
+normal distribution with a full covariance, and what all labels share has one more. `MixturePosterior` has several of
+them in equal parts.
 """
 
 from abc import ABC, abstractmethod
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 
 from probtensor.models.feature_rows import FeatureRows
-from probtensor.models.funbat_state import write_posterior
+from probtensor.models.funbat_state import read_posterior, write_posterior
 from probtensor.models.functional_state import State
 from probtensor.models.functional_tucker import FunctionalTucker
 from probtensor.models.observation import Observation
 
-__all__ = ["FactorFit", "FactorPosterior", "RowPosterior"]
+__all__ = ["FactorFit", "FactorPosterior", "MixturePosterior", "RowPosterior", "read_rows"]
 
 
 class FactorPosterior(ABC):
@@ -139,3 +140,69 @@ class RowPosterior(FactorPosterior):
     def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:  # noqa: D102
         arrays, meta = write_posterior(self.model, self.state, None)
         return arrays, meta | {"posterior": "rows"}
+
+
+@dataclass(frozen=True, eq=False)
+class MixturePosterior(FactorPosterior):
+    """Posteriors that message passing found from several starts, in equal parts.
+
+    Each covers one mode of the true posterior. Their bounds differ by tens of nats even where they predict alike, so
+    that weights by the bound would keep one. Components of different members do not belong together: `factor`,
+    `effect`, `feature_effects` and `core` are those of the first.
+
+    Attributes
+    ----------
+    members : tuple of RowPosterior
+        That of the highest bound first.
+    """
+
+    members: tuple[RowPosterior, ...]
+
+    @property
+    def log_parameters(self) -> Tensor:  # type: ignore[override]
+        """Logarithms of the likelihood's parameters (P,), their mean over members."""
+        return torch.stack([member.log_parameters for member in self.members]).mean(0)
+
+    def moments(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102 - inherited
+        means, variances = (torch.stack(x) for x in zip(*(m.moments(positions) for m in self.members), strict=True))
+        return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+
+    def draw(self, positions: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:  # noqa: D102
+        which = torch.randint(len(self.members), (n_samples,), generator=generator, device=generator.device).tolist()
+        counts = [which.count(m) for m in range(len(self.members))]
+        drawn = [
+            iter(member.draw(positions, count, generator)) for member, count in zip(self.members, counts, strict=True)
+        ]
+        return torch.stack([next(drawn[m]) for m in which])
+
+    def factor(self, mode: int, labels: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return self.members[0].factor(mode, labels)
+
+    def effect(self, mode: int, labels: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: D102
+        return self.members[0].effect(mode, labels)
+
+    def feature_effects(self, mode: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """See `RowPosterior.feature_effects`."""
+        return self.members[0].feature_effects(mode)
+
+    def core(self) -> Tensor | None:  # noqa: D102
+        return self.members[0].core()
+
+    def to_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:  # noqa: D102
+        states = [member.to_state() for member in self.members]
+        arrays = {f"member.{m}.{name}": array for m, (own, _) in enumerate(states) for name, array in own.items()}
+        return arrays, {"posterior": "mixture", "members": [about for _, about in states]}
+
+
+def read_rows(
+    model: FunctionalTucker, arrays: dict[str, Tensor], meta: dict[str, Any]
+) -> RowPosterior | MixturePosterior:
+    """The posterior whose `to_state` gave arrays and JSON values; `model` has the priors of the modes."""
+    if meta["posterior"] == "rows":
+        return RowPosterior(*read_posterior(model, arrays, meta)[:2])
+    members = []
+    for m, about in enumerate(meta["members"]):
+        prefix = f"member.{m}."
+        own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        members.append(RowPosterior(*read_posterior(model, own, about)[:2]))
+    return MixturePosterior(tuple(members))

@@ -86,6 +86,23 @@ class Checkpoints:
         """Tell files by more than rows and parameters; the same on all ranks, before the first `read`."""
         self._of += "".join(f" {hashlib.sha256(part).hexdigest()}" for part in by)
 
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """Within this block files are those of a part of the fit, in a folder of its own; the parts have an order.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds files and the fit does not go on from them.
+        """
+        folder, step = self.folder, self._step
+        self.folder, self._step = folder / name, 0
+        refuse_together(self._comm, self._open)
+        try:
+            yield
+        finally:
+            self.folder, self._step = folder, step
+
     def due(self) -> bool:
         """Count a sweep; whether its state should be written. All ranks must ask."""
         self._step += 1

@@ -25,6 +25,7 @@ def main() -> None:
             (BayesianCP(3, tol=1e-2, calibration=0.4, **positive), np.exp(y)),
             (BayesianCP(3, tol=1e-1, n_init=2, likelihood="poisson", **positive), counts),
             (BayesianTucker(2, random_state=0, progress=False, tol=1e-2), y),
+            (BayesianCP(3, random_state=0, progress=False, tol=1e-2, n_members=2, calibration=0.4), y),
         ):
             here = model.fit(X[mine], values[mine], comm=comm)
             found = np.stack(here.predict(X, return_std=True)), here.relevance_, here.bound_history_
