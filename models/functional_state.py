@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from probtensor.gaussian import Gamma, Gaussian
@@ -12,9 +13,11 @@ from probtensor.likelihoods import Entries, Likelihood
 from probtensor.models.latent_functions import Given
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from probtensor.contract_cuda import Grouped
 
-__all__ = ["Block", "Factor", "Past", "Rows", "State", "expected_log_prob"]
+__all__ = ["Block", "Factor", "Past", "Rows", "State", "expected_log_prob", "moments_at", "side_by_side"]
 
 Block = int | Literal["core"]
 
@@ -138,3 +141,14 @@ def expected_log_prob(likelihood: Likelihood, log_parameters: Tensor, part: tupl
     rows, mean, variance = part
     assert rows.entries is not None
     return likelihood.expected_log_prob(log_parameters, rows.entries, mean, variance).sum()
+
+
+def moments_at(state: State, positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Means (n, R_k) and packed second moments of the rows that the factors have at positions (K, n)."""
+    each = list(zip(state.factors, positions, strict=True))
+    return [f.mean.index_select(0, p) for f, p in each], [f.second.index_select(0, p) for f, p in each]
+
+
+def side_by_side(state: State, modes: Iterable[int]) -> list[Tensor]:
+    """Packed second moments and means of factors in one table each (T_k, P_k + R_k), for one look-up a row."""
+    return [torch.cat([state.factors[k].second, state.factors[k].mean], dim=1) for k in modes]

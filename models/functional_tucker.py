@@ -33,14 +33,24 @@ import torch
 from torch import Tensor
 
 from probtensor.blocks import Total, total_here
-from probtensor.contract import CP, Structure, Tucker, core_statistics, multilinear, pack, packed_size, unpack_pairs
+from probtensor.contract import (
+    CP,
+    Structure,
+    Tucker,
+    core_statistics,
+    multilinear,
+    pack,
+    packed_size,
+    products_at,
+    unpack_pairs,
+)
 from probtensor.gaussian import Gamma, Gaussian, from_natural, gaussian_kl, square_root, standard_normal
 from probtensor.inference.kalman import Sites
 from probtensor.inference.maximize import maximize
 from probtensor.likelihoods import Likelihood, StudentT
 from probtensor.models.functional_mode import Mode
 from probtensor.models.functional_start import local_start, no_sites, paired, start_columns
-from probtensor.models.functional_state import Block, Factor, Rows, State, expected_log_prob
+from probtensor.models.functional_state import Block, Factor, Rows, State, expected_log_prob, moments_at, side_by_side
 from probtensor.models.latent_functions import GaussianProcess, Given, LatentFunctions, Moments, log_variance_prior
 
 __all__ = ["FunctionalTucker"]
@@ -175,30 +185,40 @@ class FunctionalTucker:
             For a mode, (T, P + R): packed ``sum E a a'`` and ``sum y E a`` of each coordinate. For the core, (prod P
             + prod R,).
         """
-        if rows.groups is not None and block != "core":
+        if block == "core":
+            return self._core_sums(state, rows)
+        others = [k for k in range(len(self.ranks)) if k != block]
+        if rows.groups is not None:
             from probtensor.contract_cuda import cp_sums  # it needs Triton, which only CUDA builds of torch bring
 
-            others = [factor for k, factor in enumerate(state.factors) if k != block]
-            moments = [f.mean for f in others], [f.second for f in others]
+            factors = [state.factors[k] for k in others]
+            moments = [f.mean for f in factors], [f.second for f in factors]
             return cp_sums(rows.groups[block], *moments, rows.values, rows.precision)
-        if block == "core":
-            sizes = [math.prod(map(packed_size, self.ranks)), math.prod(self.ranks)]
-            total = rows.values.new_zeros(sum(sizes))
-        else:
-            structure, rank = self.structure(state), self.ranks[block]
-            total = rows.values.new_zeros(len(state.factors[block].mean), packed_size(rank) + rank)
+        rank, structure = self.ranks[block], self.structure(state)
+        packed = packed_size(rank)
+        total = rows.values.new_zeros(len(state.factors[block].mean), packed + rank)
+        tables = side_by_side(state, others) if state.core is None else []
         for chunk in self.chunks(rows.values):
             positions, y = rows.positions[:, chunk], rows.values[chunk]
-            weight = None if rows.precision is None else rows.precision[chunk]
-            means = [f.mean.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)]
-            seconds = [f.second.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)]
-            if block == "core":
-                precision, shift = core_statistics(means, seconds, y, weight)
-                total += torch.cat([precision.reshape(-1), shift.reshape(-1)])
+            if tables:
+                terms = products_at(tables, positions[others])
             else:
-                a, aa = structure.partial(block, means, seconds)
-                terms = torch.cat([aa, y[:, None] * a], dim=1)
-                total.index_add_(0, positions[block], terms if weight is None else terms.mul_(weight[:, None]))
+                a, aa = structure.partial(block, *moments_at(state, positions))
+                terms = torch.cat([aa, a], dim=1)
+            terms[:, packed:].mul_(y[:, None])
+            if rows.precision is not None:
+                terms.mul_(rows.precision[chunk, None])
+            total.index_add_(0, positions[block], terms)
+        return total
+
+    def _core_sums(self, state: State, rows: Rows) -> Tensor:
+        sizes = [math.prod(map(packed_size, self.ranks)), math.prod(self.ranks)]
+        total = rows.values.new_zeros(sum(sizes))
+        for chunk in self.chunks(rows.values):
+            weight = None if rows.precision is None else rows.precision[chunk]
+            moments = moments_at(state, rows.positions[:, chunk])
+            precision, shift = core_statistics(*moments, rows.values[chunk], weight)
+            total += torch.cat([precision.reshape(-1), shift.reshape(-1)])
         return total
 
     def update(self, state: State, block: Block, statistics: Tensor) -> State:
@@ -250,14 +270,16 @@ class FunctionalTucker:
 
     def at_rows(self, state: State, rows: Rows) -> tuple[Tensor, Tensor]:
         """Mean and variance (n,) of ``f``, offset included, at the rows."""
-        structure = self.structure(state)
+        structure, packed = self.structure(state), packed_size(self.ranks[0])
         means, variances = rows.values.new_empty(rows.values.shape), rows.values.new_empty(rows.values.shape)
+        tables = side_by_side(state, range(len(self.ranks))) if state.core is None else []
         for chunk in self.chunks(rows.values):
-            positions = rows.positions[:, chunk]
-            mean = structure.mean([f.mean.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)])
-            second = structure.second(
-                [f.second.index_select(0, p) for f, p in zip(state.factors, positions, strict=True)]
-            )
+            if tables:
+                found = products_at(tables, rows.positions[:, chunk])
+                at = [found[:, packed:]], [found[:, :packed]]
+            else:
+                at = moments_at(state, rows.positions[:, chunk])
+            mean, second = structure.mean(at[0]), structure.second(at[1])
             means[chunk], variances[chunk] = mean + self.offset, (second - mean**2).clamp(min=0)
         return means, variances
 

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CP", "Structure", "Tucker", "multilinear", "outer_rows", "pack", "pack_dual", "unpack"]
+__all__ = ["CP", "Structure", "Tucker", "multilinear", "outer_rows", "pack", "pack_dual", "products_at", "unpack"]
 
 
 def packed_size(rank: int) -> int:
@@ -148,6 +148,35 @@ class CP:
         packed = _product(seconds)
         rank = _rank(packed)
         return packed @ pack_dual(packed.new_ones(rank, rank))
+
+
+def products_at(tables: Sequence[Tensor], positions: Tensor) -> Tensor:
+    """Products over modes of the rows that entries have in tables: one array is written, and no other of its size held.
+
+    Parameters
+    ----------
+    tables : sequence of Tensor, shape (T_k, c)
+        At least one.
+    positions : Tensor, shape (K, n), int64
+        A row a table.
+
+    Returns
+    -------
+    Tensor, shape (n, c)
+        New.
+
+    Examples
+    --------
+    >>> tables = torch.tensor([[1., 2.], [3., 4.]]), torch.tensor([[10., 100.]])
+    >>> products_at(tables, torch.tensor([[0, 1, 1], [0, 0, 0]]))
+    tensor([[ 10., 200.],
+            [ 30., 400.],
+            [ 30., 400.]])
+    """
+    found = tables[0].index_select(0, positions[0])
+    for table, position in zip(tables[1:], positions[1:], strict=True):
+        found.mul_(table.index_select(0, position))
+    return found
 
 
 class Tucker:
