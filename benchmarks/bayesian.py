@@ -47,8 +47,8 @@ SPECIAL = {  # methods that are for some sets only
     ("student", "serology"),
     ("student", "il2"),
     ("student", "movielens"),
-    ("students", "serology"),
-    ("students", "il2"),
+    ("wide", "il2"),
+    ("widest", "serology"),
 }
 RANKS = (2, 4, 8, 16)  # of TensorLy's decompositions
 SWEEPS = 200
@@ -176,9 +176,13 @@ BAYESIAN_METHODS: dict[str, tuple[str, Callable[..., Found]]] = {  # name on the
         '**BayesianCP(likelihood="student-t")**',
         partial(of_model, partial(bayesian, BayesianCP, likelihood="student-t")),
     ),
-    "students": (
-        '**BayesianCP(likelihood="student-t", n_members=5)**',
-        partial(of_model, partial(bayesian, BayesianCP, likelihood="student-t", n_members=5)),
+    "wide": (
+        "**BayesianCP(rank=40, n_members=5)**",
+        partial(of_model, partial(bayesian, BayesianCP, rank=40, n_members=5)),
+    ),
+    "widest": (
+        '**BayesianCP(rank=40, likelihood="student-t", n_members=5)**',
+        partial(of_model, partial(bayesian, BayesianCP, rank=40, likelihood="student-t", n_members=5)),
     ),
     "binomial": (
         '**BayesianCP(likelihood="negative-binomial")**',
