@@ -239,7 +239,8 @@ def check_nonnegative(given: Mapping[str, Any], likelihood: Likelihood) -> None:
         )
     for name, only in (("guide", "auto"), ("relevance", "gamma"), ("n_members", 1)):
         if given[name] != only:
-            raise ValueError(f'{name}: expected {only!r} with prior="gamma", got {given[name]!r}')
+            shown = f'"{only}"' if isinstance(only, str) else only
+            raise ValueError(f'{name}: expected {shown} with prior="gamma", got {given[name]!r}')
 
 
 def observation_to_state(observation: Observation) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -36,9 +36,10 @@ from torch import Tensor
 
 from probtensor.blocks import Total
 from probtensor.discrete_predictive import CountMixture
+from probtensor.gaussian import Gamma
 from probtensor.inference.maximize import maximize
 from probtensor.likelihood_base import to_numpy
-from probtensor.models.nonnegative_tables import Gammas, Table, at, chunks_of
+from probtensor.models.nonnegative_tables import Table, at, chunks_of
 
 __all__ = [
     "NonNegativeCounts",
@@ -137,10 +138,10 @@ class NonNegativeCounts:
         tables = []
         for size in self.sizes:
             mean = start_means(size, self.rank, statistics, generator)
-            tables.append(Gammas(SURE * mean, torch.full_like(mean, SURE)))
+            tables.append(Gamma(SURE * mean, torch.full_like(mean, SURE)))
         hyper = (statistics.new_zeros(self.rank),) * len(self.sizes)
         weight = statistics.new_full((1, self.rank), SURE)
-        tables.append(Gammas(weight, weight * self.rank / self.mean))
+        tables.append(Gamma(weight, weight * self.rank / self.mean))
         return NonNegativeState(tuple(tables), hyper, statistics.new_zeros(0), statistics.new_zeros(()), 0)
 
     def begin(self, state: NonNegativeState, rows: NonNegativeRows) -> NonNegativeRows:
@@ -175,7 +176,7 @@ class NonNegativeCounts:
         else:
             shape, rate = self._weight_prior(counts)
         tables = _gammas(state.tables)
-        tables[block] = Gammas(shape + counts, rate + exposure)
+        tables[block] = Gamma(shape + counts, rate + exposure)
         if block < len(self.sizes):
             tables[block], tables[-1] = self._rescaled(tables[block], tables[-1], shape)
         return state._replace(tables=tuple(tables), hyper=tuple(hyper))
@@ -192,12 +193,12 @@ class NonNegativeCounts:
     def bound(self, state: NonNegativeState) -> Tensor:
         """Evidence lower bound, with the log density of the columns' shapes; a scalar."""
         *factors, weights = _gammas(state.tables)
-        bound = state.expected - weights.divergence(*self._weight_prior(state.expected))
+        bound = state.expected - weights.kl(Gamma(*self._weight_prior(state.expected))).sum()
         for table, hyper in zip(factors, state.hyper, strict=True):
-            bound = bound - table.divergence(hyper.exp(), hyper.exp()) + self._log_prior(hyper)
+            bound = bound - table.kl(Gamma(hyper.exp(), hyper.exp())).sum() + self._log_prior(hyper)
         return bound
 
-    def _rescaled(self, factor: Gammas, weights: Gammas, prior: Tensor) -> tuple[Gammas, Gammas]:
+    def _rescaled(self, factor: Gamma, weights: Gamma, prior: Tensor) -> tuple[Gamma, Gamma]:
         """Each column of a factor times a number, and its weight divided by it, where the bound is highest.
 
         The likelihood stays; of the priors ``(I a - 1/R) log s - a s Σ E θ - E w / (s ȳ)`` depends on the number s.
@@ -205,7 +206,7 @@ class NonNegativeCounts:
         shape, rate = self._weight_prior(prior)
         linear, square = len(factor.mean) * prior - shape, prior * factor.mean.sum(0)
         s = (linear + (linear**2 + 4 * square * rate * weights.mean[0]).sqrt()) / (2 * square)
-        return Gammas(factor.shape, factor.rate / s), Gammas(weights.shape, weights.rate * s)
+        return Gamma(factor.shape, factor.rate / s), Gamma(weights.shape, weights.rate * s)
 
     def _weight_prior(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return like.new_tensor(1 / self.rank), like.new_tensor(1 / self.mean)
@@ -259,5 +260,5 @@ def start_means(size: int, rank: int, like: Tensor, generator: torch.Generator) 
     return (LEAST - (1 - LEAST) * torch.log1p(-uniform)).to(like)
 
 
-def _gammas(tables: Sequence[Table]) -> list[Gammas]:
-    return [table for table in tables if isinstance(table, Gammas)]
+def _gammas(tables: Sequence[Table]) -> list[Gamma]:
+    return [table for table in tables if isinstance(table, Gamma)]

@@ -14,6 +14,7 @@ from probtensor.calibration import ScaleMixture
 from probtensor.cells import single_rows
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm
+from probtensor.gaussian import Gamma
 from probtensor.inference.message_passing import MessagePassingModel, Progress, Result, run
 from probtensor.intake import Table as Observed
 from probtensor.models.bayesian_parameters import (
@@ -26,7 +27,7 @@ from probtensor.models.factor_posterior import FactorFit, FactorPosterior
 from probtensor.models.functional_fit import no_convergence_warning
 from probtensor.models.functional_table import uniform
 from probtensor.models.nonnegative_counts import NonNegativeCounts, NonNegativeRows, NonNegativeState
-from probtensor.models.nonnegative_tables import Gammas, RectifiedNormals, Table, chunks_of, moments_at
+from probtensor.models.nonnegative_tables import RectifiedNormals, Table, chunks_of, moments_at
 from probtensor.models.nonnegative_values import LIGHT_TAILS, NonNegativeValues, ValueRows
 from probtensor.models.observation import Observation
 
@@ -34,7 +35,7 @@ __all__ = ["NonNegativePosterior", "fit_nonnegative", "read_nonnegative"]
 
 MIN_SWEEPS = 10
 COUNTS_TOL = 0.1  # of the tolerance: sweeps over counts are smaller steps
-KINDS: dict[str, type[Gammas] | type[RectifiedNormals]] = {"counts": Gammas, "values": RectifiedNormals}
+KINDS: dict[str, type[Gamma] | type[RectifiedNormals]] = {"counts": Gamma, "values": RectifiedNormals}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +59,8 @@ class NonNegativePosterior(FactorPosterior):
     def tables(self, mode: int) -> tuple[Tensor, Tensor]:
         """Means and variances (I_k + 1, R) of the rows of a factor; the last is of a label that is not known."""
         table, prior = self.state.tables[mode], self.state.hyper[mode].exp()
-        mean = torch.ones_like(prior) if isinstance(table, Gammas) else 1 / prior
-        variance = 1 / prior if isinstance(table, Gammas) else prior**-2
+        mean = torch.ones_like(prior) if isinstance(table, Gamma) else 1 / prior
+        variance = 1 / prior if isinstance(table, Gamma) else prior**-2
         return torch.cat([table.mean, mean[None]]), torch.cat([table.variance, variance[None]])
 
     @property
@@ -86,7 +87,7 @@ class NonNegativePosterior(FactorPosterior):
                     product = product * drawn
                     continue
                 prior = self.state.hyper[k].exp().cpu().numpy()
-                shape = prior if isinstance(table, Gammas) else np.ones_like(prior)
+                shape = prior if isinstance(table, Gamma) else np.ones_like(prior)
                 new = torch.from_numpy(rng.gamma(shape, 1 / prior)).to(drawn)
                 drawn = torch.cat([drawn, new[None]])
                 product = product * drawn[positions[:, k].remainder(len(drawn))]
@@ -137,7 +138,7 @@ def _write(state: NonNegativeState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     arrays |= {f"hyper.{k}": x for k, x in enumerate(state.hyper)}
     for k, table in enumerate(state.tables):
         arrays |= {f"table.{k}.{part}": x.contiguous() for part, x in enumerate(table)}
-    kind = "counts" if isinstance(state.tables[0], Gammas) else "values"
+    kind = "counts" if isinstance(state.tables[0], Gamma) else "values"
     return arrays, {"kind": kind, "sweep": state.sweep, "n_tables": len(state.tables)}
 
 

@@ -17,52 +17,13 @@ import torch
 from scipy import special
 from torch import Tensor
 
+from probtensor.gaussian import Gamma
 from probtensor.models.bayesian_moments import cp_moments
 
-__all__ = ["Gammas", "RectifiedNormals", "Table", "at", "chunks_of", "moments_at"]
+__all__ = ["RectifiedNormals", "Table", "at", "chunks_of", "moments_at"]
 
 CHUNK = 2**20  # numbers in the largest temporary
 FAR = 50.0  # standard deviations below zero from which moments are series: the closed form loses their digits
-
-
-class Gammas(NamedTuple):
-    """Densities ``~ x^(shape - 1) exp(-rate x)``; shapes (I, R).
-
-    Examples
-    --------
-    >>> table = Gammas(torch.tensor([[4.0]]), torch.tensor([[2.0]]))
-    >>> table.mean.item(), table.variance.item()
-    (2.0, 1.0)
-    """
-
-    shape: Tensor
-    rate: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """``E x``, (I, R)."""
-        return self.shape / self.rate
-
-    @property
-    def variance(self) -> Tensor:
-        """``Var x``, (I, R)."""
-        return self.shape / self.rate**2
-
-    @property
-    def mean_log(self) -> Tensor:
-        """``E log x``, (I, R)."""
-        return torch.digamma(self.shape) - self.rate.log()
-
-    def divergence(self, shape: Tensor, rate: Tensor) -> Tensor:
-        """Kullback-Leibler divergence from gamma distributions of that shape and rate, summed; a scalar."""
-        a, b = self
-        log_ratio = shape * (b.log() - rate.log()) + torch.lgamma(shape) - torch.lgamma(a)
-        return ((a - shape) * torch.digamma(a) + log_ratio + a * (rate - b) / b).sum()
-
-    def draw(self, rng: np.random.Generator) -> Tensor:
-        """One draw of every number, (I, R)."""
-        shape, rate = (x.double().cpu().numpy() for x in self)
-        return torch.from_numpy(rng.gamma(shape, 1 / rate)).to(self.shape)
 
 
 class RectifiedNormals(NamedTuple):
@@ -122,7 +83,7 @@ class RectifiedNormals(NamedTuple):
         return torch.from_numpy(drawn).to(self.shift)
 
 
-Table = Gammas | RectifiedNormals
+Table = Gamma | RectifiedNormals
 
 
 def at(tables: Sequence[Tensor], positions: Sequence[Tensor] | Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ from probtensor.discrete_predictive import LOG_MAX_COUNT, BernoulliPredictive, C
 from probtensor.likelihood_base import Entries, Likelihood, refuse, to_numpy
 from probtensor.predictive_base import normal_nodes
 
-__all__ = ["Bernoulli", "NegativeBinomial", "Poisson", "expect"]
+__all__ = ["Bernoulli", "NegativeBinomial", "Poisson", "expect", "expect_logistic"]
 
 RARE = 1e-6  # the least mean of counts, or probability, that an offset stands for
 
@@ -114,8 +114,8 @@ class NegativeBinomial(Likelihood):
         """From the derivatives ``y - (y+k) E sigmoid(x)`` and ``-(y+k) E sigmoid'(x)``."""
         trials = entries.count * (entries.value + (-log_parameters[0]).exp())
         x = mean + log_parameters[0]
-        precision = trials * expect(_bell, x, variance)
-        slope = entries.count * entries.value - trials * expect(torch.sigmoid, x, variance)
+        share, bell = expect_logistic(x, variance)
+        precision, slope = trials * bell, entries.count * entries.value - trials * share
         return precision, slope + precision * mean
 
     def predictive(self, log_parameters: Tensor, mean: Tensor, variance: Tensor) -> CountMixture:
@@ -157,8 +157,8 @@ class Bernoulli(Likelihood):
 
     def sites(self, log_parameters: Tensor, entries: Entries, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """From the derivatives ``y - E sigmoid(f)`` and ``-E sigmoid'(f)``."""
-        precision = entries.count * expect(_bell, mean, variance)
-        slope = entries.count * (entries.value - expect(torch.sigmoid, mean, variance))
+        share, bell = expect_logistic(mean, variance)
+        precision, slope = entries.count * bell, entries.count * (entries.value - share)
         return precision, slope + precision * mean
 
     def predictive(self, log_parameters: Tensor, mean: Tensor, variance: Tensor) -> BernoulliPredictive:
@@ -170,17 +170,29 @@ def expect(function: Callable[[Tensor], Tensor], mean: Tensor, variance: Tensor)
     """``E function(f)``, (n,): node by node, so that no (n, nodes) array is held."""
     total, scale = torch.zeros_like(mean), variance.sqrt()
     for z, weight in zip(*(x.tolist() for x in normal_nodes()), strict=True):
-        total = total + weight * function(mean + z * scale)
+        total = torch.add(total, function(torch.add(mean, scale, alpha=z)), alpha=weight)
     return total
+
+
+def expect_logistic(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """``E s(f)`` and ``E s'(f)``, (n,), of the logistic function ``s``, which is looked up once a node for both.
+
+    Examples
+    --------
+    >>> share, bell = expect_logistic(*torch.tensor([[0.0], [1.0]], dtype=torch.float64))
+    >>> round(share.item(), 4), round(bell.item(), 4)
+    (0.5, 0.2066)
+    """
+    share, square, scale = torch.zeros_like(mean), torch.zeros_like(mean), variance.sqrt()
+    for z, weight in zip(*(x.tolist() for x in normal_nodes()), strict=True):
+        s = torch.add(mean, scale, alpha=z).sigmoid_()
+        share.add_(s, alpha=weight)
+        square.addcmul_(s, s, value=weight)
+    return share, (share - square).clamp(min=0)
 
 
 def _softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))  # torch's softplus drops exp(-x) above a threshold
-
-
-def _bell(x: Tensor) -> Tensor:
-    """Derivative of the sigmoid."""
-    return torch.sigmoid(x) * torch.sigmoid(-x)
 
 
 def _exp(x: Tensor) -> Tensor:

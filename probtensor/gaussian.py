@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,7 +141,14 @@ def observation_site(y: Tensor, noise_covariance: Tensor, observed: Tensor) -> t
 
 
 class Gamma(NamedTuple):
-    """Gamma distribution with density ``~ x^(shape - 1) exp(-rate x)``; scalars."""
+    """Gamma distributions with densities ``~ x^(shape - 1) exp(-rate x)``; scalars, or tensors of one shape.
+
+    Examples
+    --------
+    >>> table = Gamma(torch.tensor([[4.0]]), torch.tensor([[2.0]]))
+    >>> table.mean.item(), table.variance.item()
+    (2.0, 1.0)
+    """
 
     shape: Tensor
     rate: Tensor
@@ -151,12 +159,17 @@ class Gamma(NamedTuple):
         return self.shape / self.rate
 
     @property
+    def variance(self) -> Tensor:
+        """``Var x``."""
+        return self.shape / self.rate**2
+
+    @property
     def mean_log(self) -> Tensor:
         """``E log x``."""
         return torch.digamma(self.shape) - self.rate.log()
 
     def kl(self, prior: "Gamma") -> Tensor:
-        """Kullback-Leibler divergence from `prior`, a scalar."""
+        """Kullback-Leibler divergences from `prior`, one each."""
         a, b = self
         a0, b0 = prior
         return (
@@ -166,3 +179,8 @@ class Gamma(NamedTuple):
             + a0 * (b.log() - b0.log())
             + a * (b0 - b) / b
         )
+
+    def draw(self, rng: np.random.Generator) -> Tensor:
+        """One draw of every number."""
+        shape, rate = (x.double().cpu().numpy() for x in self)
+        return torch.from_numpy(np.asarray(rng.gamma(shape, 1 / rate))).to(self.shape)

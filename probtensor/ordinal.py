@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from probtensor.discrete_likelihoods import expect
+from probtensor.discrete_likelihoods import expect, expect_logistic
 from probtensor.likelihood_base import Entries, Likelihood, refuse, to_numpy
 from probtensor.predictive_base import Array, Predictive, as_array, draw_components, finite, matrix, probabilities
 
@@ -120,9 +120,8 @@ class Ordinal(Likelihood):
         slope, precision = torch.zeros_like(mean), torch.zeros_like(mean)
         for end, sign in ((upper, -1.0), (lower, 1.0)):
             x = sign * (_finite(end) - mean)
-            inside = ~end.isinf()
-            slope = slope + torch.where(inside, sign * expect(torch.sigmoid, x, variance), 0.0)
-            precision = precision + torch.where(inside, expect(_bell, x, variance), 0.0)
+            share, bell = (torch.where(end.isinf(), 0.0, each) for each in expect_logistic(x, variance))
+            slope, precision = slope + sign * share, precision + bell
         precision = entries.count * precision
         return precision, entries.count * slope + precision * mean
 
@@ -218,7 +217,3 @@ class OrdinalPredictive(Predictive):
 
 def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isinf(), 0.0, x)
-
-
-def _bell(x: Tensor) -> Tensor:
-    return torch.sigmoid(x) * torch.sigmoid(-x)

@@ -19,10 +19,11 @@ import probtensor
 from probtensor.blocks import total_here
 from probtensor.cells import single_rows
 from probtensor.estimator import UnknownLabelWarning
+from probtensor.gaussian import Gamma
 from probtensor.likelihoods import StudentT
 from probtensor.models import BayesianCP
 from probtensor.models.nonnegative_counts import NonNegativeCounts, NonNegativeRows, count_predictive, draw_counts
-from probtensor.models.nonnegative_tables import Gammas, RectifiedNormals
+from probtensor.models.nonnegative_tables import RectifiedNormals
 from probtensor.models.nonnegative_values import PASSES, NonNegativeValues, ValueRows
 from tests.reference_nonnegative import (
     Cells,
@@ -86,7 +87,7 @@ def test_moments_and_divergence_of_rectified_normals_are_integrals(z: float, pre
 def test_draws_have_the_moments_of_their_tables() -> None:
     rng, n = np.random.default_rng(0), 40_000
     shift = torch.tensor([-40.0, -1.0, 0.5, 9.0]).double().expand(n, -1)
-    for table in (RectifiedNormals(shift, torch.full_like(shift, 2.0)), Gammas(shift.abs(), torch.ones_like(shift))):
+    for table in (RectifiedNormals(shift, torch.full_like(shift, 2.0)), Gamma(shift.abs(), torch.ones_like(shift))):
         drawn = table.draw(rng)
         assert bool((drawn >= 0).all())
         torch.testing.assert_close(drawn.mean(0), table.mean[0], rtol=0.03, atol=0)
@@ -101,7 +102,7 @@ def test_divergence_of_gammas_is_an_integral() -> None:
         for i in range(2)
         for r in range(2)
     )
-    assert float(Gammas(a, b).divergence(shape, rate)) == pytest.approx(wanted, rel=1e-6)
+    assert float(Gamma(a, b).kl(Gamma(shape, rate)).sum()) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_updates_and_bound_of_counts_are_those_of_loops() -> None:
@@ -141,7 +142,7 @@ def test_scaling_a_column_against_its_weight_is_where_the_bound_is_highest() -> 
     best = float(model.bound(model.end_sweep(state, [columns], total_here)[0]))
     for s in (0.99, 1.01):
         factor, weights = state.tables[0], state.tables[-1]
-        moved = (Gammas(factor[0], factor[1] / s), *state.tables[1:-1], Gammas(weights[0], weights[1] * s))
+        moved = (Gamma(factor[0], factor[1] / s), *state.tables[1:-1], Gamma(weights[0], weights[1] * s))
         other = model.end_sweep(state._replace(tables=moved), [columns], total_here)[0]
         assert float(model.bound(other)) < best
 
