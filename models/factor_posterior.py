@@ -165,7 +165,8 @@ class MixturePosterior(FactorPosterior):
 
     def moments(self, positions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102 - inherited
         means, variances = (torch.stack(x) for x in zip(*(m.moments(positions) for m in self.members), strict=True))
-        return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        mean = means.mean(0)
+        return mean, variances.mean(0) + ((means - mean) ** 2).mean(0)
 
     def draw(self, positions: Tensor, n_samples: int, generator: torch.Generator) -> Tensor:  # noqa: D102
         which = torch.randint(len(self.members), (n_samples,), generator=generator, device=generator.device).tolist()

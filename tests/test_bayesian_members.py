@@ -45,6 +45,7 @@ def test_moments_are_those_of_draws_from_a_member_picked_at_random() -> None:
     assert bool(((drawn.mean(0) - found[0]).abs() < 5 * error).all())
     torch.testing.assert_close(drawn.var(0), found[1], rtol=0.1, atol=0)
     assert drawn[:200, 2].diff().abs().min() > 0, "every draw is one of its own"
+    assert [len(x) for x in posterior.moments(POSITIONS[:0])] == [0, 0], "a rank without rows"
 
 
 def test_draws_of_rows_are_joint() -> None:
