@@ -279,9 +279,22 @@ def test_one_graph_for_inputs_of_any_size() -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+def bfloat16_lstm() -> bool:
+    """Whether a bare LSTM runs under autocast: oneDNN has none in bfloat16 where there is AVX2 only."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(4, 3)(torch.zeros(2, 1, 4))
+    except RuntimeError as error:
+        assert "primitive descriptor" in str(error)
+        return False
+    return True
+
+
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind != "lstm, projected"])
 def test_autocast(kind: str) -> None:
     model, run = made(kind, torch.float32)
+    if kind == "lstm" and not bfloat16_lstm():
+        pytest.skip("torch's own LSTM has no bfloat16 on this processor")
     adapters = trained(inject_adapters(model, config_of(kind)))
     with torch.autocast("cpu", torch.bfloat16):
         y = run(model)
