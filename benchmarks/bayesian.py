@@ -47,8 +47,7 @@ SPECIAL = {  # methods that are for some sets only
     ("student", "serology"),
     ("student", "il2"),
     ("student", "movielens"),
-    ("wide", "il2"),
-    ("widest", "serology"),
+    ("wide", "serology"),
 }
 RANKS = (2, 4, 8, 16)  # of TensorLy's decompositions
 SWEEPS = 200
@@ -177,10 +176,6 @@ BAYESIAN_METHODS: dict[str, tuple[str, Callable[..., Found]]] = {  # name on the
         partial(of_model, partial(bayesian, BayesianCP, likelihood="student-t")),
     ),
     "wide": (
-        "**BayesianCP(rank=40, n_members=5)**",
-        partial(of_model, partial(bayesian, BayesianCP, rank=40, n_members=5)),
-    ),
-    "widest": (
         '**BayesianCP(rank=40, likelihood="student-t", n_members=5)**',
         partial(of_model, partial(bayesian, BayesianCP, rank=40, likelihood="student-t", n_members=5)),
     ),
