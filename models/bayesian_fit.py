@@ -16,7 +16,7 @@ from probtensor.intake import Table
 from probtensor.models.bayesian_parameters import calibrate, held_out_share, observation_of, resolve_guide
 from probtensor.models.factor_guides import MeanField, factor_model, fit_guide, relevance_of, start_parameters
 from probtensor.models.factor_posterior import FactorFit, MixturePosterior, RowPosterior
-from probtensor.models.functional_fit import Fitted, fit, no_convergence_warning
+from probtensor.models.functional_fit import Fitted, fit, no_convergence_warning, typical_noise
 from probtensor.models.functional_state import Rows, State
 from probtensor.models.functional_table import uniform
 from probtensor.models.functional_tucker import FunctionalTucker
@@ -75,6 +75,7 @@ def _fit_members(
     assert model.likelihood is not None
     seeds = torch.randint(2**62, (params["n_members"] + 1,), generator=generator).tolist()
     held = uniform(table.key, seeds[-1]) < held_out_share(params["calibration"], model.likelihood, table, comm)
+    noise = typical_noise(table, comm)
     calibrating = bool(comm.sum(held.sum()[None].double()) > 0)
     generators = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds[:-1]]
     fitted: list[Fitted] = []
@@ -92,10 +93,10 @@ def _fit_members(
                 bar.update()
             fitted = found
             if name == "part":
-                mixture = calibrate(model.likelihood, _mixture(fitted), table.take(held), comm)
+                mixture = calibrate(model.likelihood, _mixture(fitted), table.take(held), comm, noise)
     best = max(fitted, key=lambda each: each.bound_history[-1])
     posterior = _mixture(fitted)
-    observation = observation_of(model.likelihood, posterior.log_parameters, mixture)
+    observation = observation_of(model.likelihood, posterior.log_parameters, mixture, noise)
     converged = all(each.converged for each in fitted)
     return FactorFit(posterior, observation, best.bound_history, converged, best.relevance)
 
@@ -121,6 +122,7 @@ def fit_by_guide(
     # From a copy: sweeps are those of guide="rows" with the same seed, if no rows are held out.
     seed = int(torch.randint(2**62, (1,), generator=torch.Generator().set_state(generator.get_state())))
     held = uniform(table.key, seed) < held_out_share(params["calibration"], likelihood, table, comm)
+    noise = typical_noise(table, comm)
     calibrating = bool(comm.sum(held.sum()[None].double()) > 0)
     fitted = _sweep(model, table.take(~held), comm, params, 0.0, prune_below, generator, None)
     swept = RowPosterior(fitted.model, fitted.state)
@@ -137,11 +139,11 @@ def fit_by_guide(
         settings |= {"random_state": seed % 2**31, "report": report, "decay": DECAY}
         if calibrating:
             found, _ = fit_guide(density, guide, start, table.take(~held), comm, n_steps=n_steps, **settings)
-            mixture = calibrate(likelihood, found, table.take(held), comm)
+            mixture = calibrate(likelihood, found, table.take(held), comm, noise)
             start = dict(found.parameters) if isinstance(found, MeanField) else start
             n_steps = max(n_steps // 2, 1)
         found, variational = fit_guide(density, guide, start, table, comm, checkpoints, n_steps=n_steps, **settings)
-    observation = observation_of(likelihood, found.log_parameters, mixture)
+    observation = observation_of(likelihood, found.log_parameters, mixture, noise)
     n_rows = float(comm.sum(table.values.new_tensor([float(len(table.values))])))
     history = [bound - n_rows * model.log_scale for bound in variational.bound_history]
     return FactorFit(found, observation, history, variational.converged, relevance_of(found, table, comm))

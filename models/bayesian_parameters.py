@@ -113,19 +113,21 @@ def held_out_share(calibration: float | Literal["auto"], likelihood: Likelihood,
 
 
 def observation_of(
-    likelihood: Likelihood, log_parameters: Tensor, mixture: tuple[ScaleMixture, ...]
+    likelihood: Likelihood, log_parameters: Tensor, mixture: tuple[ScaleMixture, ...], known_noise: float = 1.0
 ) -> Observation | None:
-    """How values come from entries, where they have a unit."""
+    """How values come from entries, where they have a unit; `known_noise` is their variance where it is not learned."""
     if not isinstance(likelihood, StudentT):
         return None
     named = dict(zip(likelihood.parameters, log_parameters.exp().tolist(), strict=True))
     dof = named["dof"] if likelihood.dof is None else float(likelihood.dof)
-    return Observation(named.get("noise_variance", 1.0), 0.0, dof, None, mixture)
+    return Observation(named.get("noise_variance", known_noise), 0.0, dof, None, mixture)
 
 
-def calibrate(likelihood: Likelihood, posterior: FactorPosterior, held: Table, comm: Comm) -> tuple[ScaleMixture, ...]:
+def calibrate(
+    likelihood: Likelihood, posterior: FactorPosterior, held: Table, comm: Comm, known_noise: float = 1.0
+) -> tuple[ScaleMixture, ...]:
     """Scale mixture of what predictions miss the rows that were held out by; none where these are few."""
-    observation = observation_of(likelihood, posterior.log_parameters, ())
+    observation = observation_of(likelihood, posterior.log_parameters, (), known_noise)
     assert observation is not None
     mean, variance = posterior.moments(held.positions)
     location, latent, noise = observation.moments(mean, variance, observation.residual(None, mean))

@@ -25,7 +25,7 @@ from probtensor.models.functional_tucker import COLD_SWEEPS, LIGHT_TAILS, WARM_U
 from probtensor.models.observation import Observation, SeenCells
 from probtensor.models.relevance import contributions, prune
 
-__all__ = ["Fitted", "everywhere", "fit", "look_at_cells", "no_convergence_warning", "renewed"]
+__all__ = ["Fitted", "everywhere", "fit", "look_at_cells", "no_convergence_warning", "renewed", "typical_noise"]
 
 MAX_HELD_OUT = 20_000  # rows to calibrate on; more say nothing new
 
@@ -174,12 +174,16 @@ def _observation(
             moments = model.at_rows(state, part)
             looked.append(look_at_cells(likelihood, state.log_parameters, positions, part.entries, *moments))
         seen = SeenCells(*(torch.cat(x) for x in zip(*looked, strict=True)))
-    typical = 1.0
-    if table.precision is not None:
-        variances = [1 / part.precision for part in table.blocks() if part.precision is not None]
-        sums = comm.sum(*add_up(torch.stack([x.sum(), x.new_tensor(float(len(x)))]) for x in variances))
-        typical = float(sums[0] / sums[1])
-    return renewed(model, state, Observation(typical, 0.0, math.inf, None), seen)
+    return renewed(model, state, Observation(typical_noise(table, comm), 0.0, math.inf, None), seen)
+
+
+def typical_noise(table: Table, comm: Comm) -> float:
+    """Mean variance of the rows' noise, of all ranks, where it is given; else 1."""
+    if table.precision is None:
+        return 1.0
+    variances = [1 / part.precision for part in table.blocks() if part.precision is not None]
+    sums = comm.sum(*add_up(torch.stack([x.sum(), x.new_tensor(float(len(x)))]) for x in variances))
+    return float(sums[0] / sums[1])
 
 
 def renewed(model: FunctionalTucker, state: State, observation: Observation, seen: SeenCells | None) -> Observation:
