@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,18 @@ class RunMpi(Protocol):
     def __call__(
         self, program: str, n: int, *args: object, timeout: float = 60.0, check: bool = True
     ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture(autouse=True)
+def no_parameters_stay() -> Iterator[None]:
+    """Fail a test after which Pyro's global store holds parameters: the next one in the process would meet them."""
+    yield
+    if "pyro" not in sys.modules:
+        return
+    store = sys.modules["pyro"].get_param_store()
+    left = sorted(store.keys())
+    store.clear()
+    assert not left, f"left in Pyro's store: {', '.join(left)}"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyro
 import pytest
 import scipy.linalg
 import scipy.special
@@ -139,8 +140,9 @@ def test_an_unknown_smoothness_is_named(nu: float):
 
 def pyro_in_our_state(nu: float, gap: float) -> torch.Tensor:
     """Pyro's transition matrices (R, d, d): rows to columns, and derivatives in units of the scaled time."""
-    kernel = MaternKernel(nu, 2, LENGTHSCALE.clone(), VARIANCE.sqrt()).double()
-    matrix = kernel.transition_matrix(f64(gap)).detach().mT
+    with pyro.get_param_store().scope():  # the kernel puts its parameters there
+        kernel = MaternKernel(nu, 2, LENGTHSCALE.clone(), VARIANCE.sqrt()).double()
+        matrix = kernel.transition_matrix(f64(gap)).detach().mT
     power = torch.arange(state_dim(nu), dtype=F64)
     unit = rate(nu)[:, None] ** power  # our state is Pyro's divided by this
     return matrix * unit[:, None, :] / unit[:, :, None]
