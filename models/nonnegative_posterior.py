@@ -24,7 +24,7 @@ from probtensor.models.bayesian_parameters import (
     observation_to_state,
 )
 from probtensor.models.factor_posterior import FactorFit, FactorPosterior
-from probtensor.models.functional_fit import no_convergence_warning
+from probtensor.models.functional_fit import no_convergence_warning, typical_noise
 from probtensor.models.functional_table import uniform
 from probtensor.models.nonnegative_counts import NonNegativeCounts, NonNegativeRows, NonNegativeState
 from probtensor.models.nonnegative_tables import RectifiedNormals, Table, chunks_of, moments_at
@@ -191,6 +191,7 @@ def fit_nonnegative(
     """
     likelihood = model.likelihood if isinstance(model, NonNegativeValues) else None
     seed = int(torch.randint(2**62, (1,), generator=generator))
+    noise = typical_noise(table, comm)
     at = _Stage(held_out == 0, [], (), None)
     if checkpoints is not None and (saved := checkpoints.read()) is not None:
         seed, at = _resumed(*saved, generator, table.values.device)
@@ -229,7 +230,7 @@ def fit_nonnegative(
             found = sweeps(at, table.take(~held), max_iter)
         assert likelihood is not None
         first = NonNegativePosterior(found.state, n_modes)
-        mixture = calibrate(likelihood, first, table.take(held), comm)
+        mixture = calibrate(likelihood, first, table.take(held), comm, noise)
         at = _Stage(True, found.bound_history, mixture, Progress(params["n_init"], found.state, [], None))
     left = max(max_iter - len(at.before), min(max_iter, MIN_SWEEPS))
     found = sweeps(at, table, left)
@@ -237,7 +238,9 @@ def fit_nonnegative(
     squares = comm.sum(*add_up(posterior.component_squares(part.positions) for part in table.blocks()))
     relevance = (squares / n_rows).sqrt()
     kept = (relevance >= (prune_below if params["learn_hyperparameters"] else 0.0)) | (relevance == relevance.max())
-    observation = None if likelihood is None else observation_of(likelihood, posterior.log_parameters, at.mixture)
+    observation = None
+    if likelihood is not None:
+        observation = observation_of(likelihood, posterior.log_parameters, at.mixture, noise)
     history = at.before + found.bound_history
     return FactorFit(posterior.only(kept), observation, history, found.converged, relevance[kept])
 
@@ -255,9 +258,9 @@ def _saved(stage: _Stage, seed: int, generator: torch.Generator) -> tuple[dict[s
     now = stage.progress
     assert now is not None
     state, about = _write(now.state)
-    of_noise, noise = observation_to_state(Observation(1.0, 0.0, math.inf, None, stage.mixture))
+    of_noise, about_noise = observation_to_state(Observation(1.0, 0.0, math.inf, None, stage.mixture))
     arrays = {f"now.{name}": x for name, x in state.items()} | of_noise | {"generator": generator.get_state()}
-    meta = {"seed": seed, "is_last": stage.is_last, "before": stage.before, "noise": noise, "now": about}
+    meta = {"seed": seed, "is_last": stage.is_last, "before": stage.before, "noise": about_noise, "now": about}
     meta |= {"trial": now.trial, "history": now.history}
     if now.best is not None:
         best, meta["best"] = _write(now.best[0])
