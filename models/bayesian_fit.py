@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from probtensor.blocks import add_up
@@ -13,6 +14,7 @@ from probtensor.calibration import ScaleMixture
 from probtensor.checkpoints import Checkpoints
 from probtensor.comm import Comm
 from probtensor.intake import Table
+from probtensor.likelihoods import Likelihood
 from probtensor.models.bayesian_parameters import calibrate, held_out_share, observation_of, resolve_guide
 from probtensor.models.factor_guides import MeanField, factor_model, fit_guide, relevance_of, start_parameters
 from probtensor.models.factor_posterior import FactorFit, MixturePosterior, RowPosterior
@@ -74,9 +76,8 @@ def _fit_members(
     """Message passing from several starts; what is calibrated is their mixture."""
     assert model.likelihood is not None
     seeds = torch.randint(2**62, (params["n_members"] + 1,), generator=generator).tolist()
-    held = uniform(table.key, seeds[-1]) < held_out_share(params["calibration"], model.likelihood, table, comm)
+    held, calibrating = _held_out(model.likelihood, table, comm, params, seeds[-1])
     noise = typical_noise(table, comm)
-    calibrating = bool(comm.sum(held.sum()[None].double()) > 0)
     generators = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds[:-1]]
     fitted: list[Fitted] = []
     mixture: tuple[ScaleMixture, ...] = ()
@@ -101,6 +102,14 @@ def _fit_members(
     return FactorFit(posterior, observation, best.bound_history, converged, best.relevance)
 
 
+def _held_out(
+    likelihood: Likelihood, table: Table, comm: Comm, params: Mapping[str, Any], seed: int
+) -> tuple[Tensor, bool]:
+    """Rows of this rank to calibrate on, and whether there are any on all ranks."""
+    held = uniform(table.key, seed) < held_out_share(params["calibration"], likelihood, table, comm)
+    return held, bool(comm.sum(held.sum()[None].double()) > 0)
+
+
 def _mixture(fitted: list[Fitted]) -> MixturePosterior:
     ranked = sorted(fitted, key=lambda each: each.bound_history[-1], reverse=True)
     return MixturePosterior(tuple(RowPosterior(each.model, each.state) for each in ranked))
@@ -121,9 +130,8 @@ def fit_by_guide(
     guide, likelihood = resolve_guide(params, model.form), model.likelihood
     # From a copy: sweeps are those of guide="rows" with the same seed, if no rows are held out.
     seed = int(torch.randint(2**62, (1,), generator=torch.Generator().set_state(generator.get_state())))
-    held = uniform(table.key, seed) < held_out_share(params["calibration"], likelihood, table, comm)
+    held, calibrating = _held_out(likelihood, table, comm, params, seed)
     noise = typical_noise(table, comm)
-    calibrating = bool(comm.sum(held.sum()[None].double()) > 0)
     fitted = _sweep(model, table.take(~held), comm, params, 0.0, prune_below, generator, None)
     swept = RowPosterior(fitted.model, fitted.state)
     density = factor_model(swept, params["relevance"])

@@ -15,6 +15,7 @@ import torch
 from sklearn.base import clone
 
 import probtensor
+from probtensor.description import describe_model
 from probtensor.metrics import rmse
 from probtensor.models import BayesianCP, BayesianTucker
 from probtensor.models.factor_posterior import MixturePosterior
@@ -142,6 +143,12 @@ def test_a_fit_goes_on_from_any_checkpoint_to_the_same_bits(tmp_path: Path) -> N
         np.testing.assert_array_equal(resumed.predict(X, return_std=True), whole)
         for file in (tmp_path / part).iterdir():
             file.unlink()
+
+
+def test_info_names_the_members() -> None:
+    said = "3; predictions mix all, what follows is of the one with the best bound"
+    assert describe_model(mixture()[0])["members"] == said
+    assert "members" not in describe_model(BayesianCP(2, tol=1e-1, **QUICK).fit(*noisy()))
 
 
 @pytest.mark.parametrize(
