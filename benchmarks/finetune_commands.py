@@ -11,7 +11,7 @@ from benchmarks.commands import Out, app, machine, report
 from benchmarks.finetune_data import JOBS, prepare
 from benchmarks.finetune_jobs import SETTINGS
 from benchmarks.finetune_methods import METHODS, needs
-from benchmarks.finetune_table import chosen_rates, run_all, table, tasks_of, tuning_tasks
+from benchmarks.finetune_table import chosen_rates, read_rates, run_all, table, tasks_of, tuning_tasks
 
 Data = Annotated[Path, typer.Option(help="A prepared folder, or one with vaderSentiment-3.3.2.tar.gz.")]
 
@@ -26,6 +26,12 @@ def finetune(
     device: str = "cpu",
     workers: Annotated[int, typer.Option(help="Processes, with one thread each.")] = 1,
     clip: Annotated[float, typer.Option(help="Largest norm of a step's gradient, all methods alike; 0: none.")] = 0.0,
+    rates: Annotated[
+        str,
+        typer.Option(
+            help="Grids in place of a method's own, as lora=0.007,0.01 flora=0.03:1; factors' ratio behind :."
+        ),
+    ] = "",
     runs: Annotated[Path | None, typer.Option(help="File of runs: those in it are not made again.")] = None,
     prepare_to: Annotated[Path | None, typer.Option("--prepare", help="Write a folder that needs no packages.")] = None,
     out: Out = None,
@@ -40,10 +46,10 @@ def finetune(
     lines = [f"{machine(device)}; {versions()}; {running}, one thread each."]
     for job in names:
         wanted, skipped = methods_of(job, methods.split(","))
-        results = run_all(tuning_tasks(job, wanted, splits), data, device, workers, runs, clip)
-        rates = chosen_rates(results)
-        finals = run_all(tasks_of(job, rates, seeds), data, device, workers, runs, clip)
-        lines += ["", *table(job, rates, finals, seeds, splits), *skipped]
+        results = run_all(tuning_tasks(job, wanted, splits, read_rates(rates)), data, device, workers, runs, clip)
+        best = chosen_rates(results)
+        finals = run_all(tasks_of(job, best, seeds), data, device, workers, runs, clip)
+        lines += ["", *table(job, best, finals, seeds, splits), *skipped]
         if out is not None:
             out.write_text("\n".join(lines) + "\n")
     report(lines, out)

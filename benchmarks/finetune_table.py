@@ -6,7 +6,9 @@ import json
 import math
 import multiprocessing
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from benchmarks.finetune import Outcome, run
 from benchmarks.finetune_jobs import SETTINGS, Job, load_job
 from benchmarks.finetune_methods import ADAPTERS, METHODS
 
-__all__ = ["Task", "chosen_rates", "run_all", "table", "tasks_of", "tuning_tasks"]
+__all__ = ["Task", "chosen_rates", "read_rates", "run_all", "table", "tasks_of", "tuning_tasks"]
 
 # Five settings for each method: learning rates, each about three times the one before. Ours are of the core, in units
 # of the root mean square of a layer's weight, beside how many times as fast the factors learn.
@@ -57,13 +59,28 @@ def rates_of(job: str, method: str) -> list[Rate]:
     return MOBILE if (job, method) == ("mobile", "flora") else RATES[method]
 
 
-def tuning_tasks(job: str, methods: list[str], splits: int) -> list[Task]:
+def read_rates(text: str) -> dict[str, list[Rate]]:
+    """Grids in place of a method's own, as in ``"lora=0.007,0.01 flora=0.03:1,0.03:3"``: ratios stand behind colons."""
+    grids = {}
+    for part in text.split():
+        method, _, rates = part.partition("=")
+        if method not in RATES or not rates:
+            raise ValueError(f"rates: expected method=rate,… of {', '.join(RATES)}, got {part!r}")
+        pairs = [rate.partition(":") for rate in rates.split(",")]
+        grids[method] = [(float(rate), float(ratio or 1.0)) for rate, _, ratio in pairs]
+    return grids
+
+
+def tuning_tasks(
+    job: str, methods: list[str], splits: int, grids: Mapping[str, list[Rate]] = MappingProxyType({})
+) -> list[Task]:
     """Every rate of every method on every split; a single rate needs one run, of which nothing depends."""
+    rates = {method: grids.get(method) or rates_of(job, method) for method in methods}
     return [
         Task(job, method, *rate, split, True)
-        for method in methods
-        for rate in rates_of(job, method)
-        for split in range(splits if len(rates_of(job, method)) > 1 else 1)
+        for method, grid in rates.items()
+        for rate in grid
+        for split in range(splits if len(grid) > 1 else 1)
     ]
 
 

@@ -14,6 +14,7 @@ from benchmarks import adapter_calibration, finetune, finetune_commands, finetun
 from benchmarks.__main__ import app
 from benchmarks.finetune_jobs import draw, load_job
 from benchmarks.finetune_networks import MobileLower, MobileUpper, RNet
+from benchmarks.finetune_table import read_rates, tuning_tasks
 from probtensor.models.flora import Adapters
 
 
@@ -147,3 +148,13 @@ def test_the_calibration_command_gives_its_table(folder, tmp_path):
         "| `fit_laplace`, Kronecker, `tune_temperature` ¹",
     ]
     assert "seeds: 2" in out.read_text()
+
+
+def test_grids_given_by_hand_take_the_place_of_a_methods_own() -> None:
+    grids = read_rates("lora=0.007,0.01 flora=0.03:1,0.03:3")
+    assert grids == {"lora": [(0.007, 1.0), (0.01, 1.0)], "flora": [(0.03, 1.0), (0.03, 3.0)]}
+    tasks = tuning_tasks("mobile", ["lora", "full"], 2, grids)
+    assert [(t.rate, t.seed) for t in tasks if t.method == "lora"] == [(0.007, 0), (0.007, 1), (0.01, 0), (0.01, 1)]
+    assert len([t for t in tasks if t.method == "full"]) == 10
+    with pytest.raises(ValueError, match="rates: expected method=rate"):
+        read_rates("lora")
