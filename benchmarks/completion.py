@@ -6,6 +6,7 @@ method sets aside to choose its settings comes out of the other nine tenths. Pee
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -15,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 
 from benchmarks.completion_peers import PEERS, Impossible, Integers, Method, biases
 from benchmarks.datasets import Floats
+from probtensor.estimator import UnknownLabelWarning
 from probtensor.metrics import rmse
-from probtensor.models import NeuralTensorCompletion
+from probtensor.models import BayesianCP, NeuralTensorCompletion
 
 __all__ = ["COMPLETION_SETS", "METHODS", "completion_lines", "in_processes", "load_cells"]
 
@@ -68,6 +71,14 @@ def effects(X: Integers, y: Floats, X_test: Integers, seed: int) -> tuple[Floats
     return ours(X, y, X_test, seed, head=None, rank=0)
 
 
+def mixture(X: Integers, y: Floats, X_test: Integers, seed: int) -> tuple[Floats, Floats]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", UnknownLabelWarning)
+        found = BayesianCP(n_members=5, random_state=seed, progress=False).fit(X, y).predictive(X_test)
+    return found.mean, np.stack(found.interval(0.9))
+
+
 METHODS: dict[str, tuple[str, Method]] = {  # name on the command line: label, method
     "mean": ("global mean", mean),
     "effects": ("additive effects, ridge chosen", biases),
@@ -75,6 +86,7 @@ METHODS: dict[str, tuple[str, Method]] = {  # name on the command line: label, m
     **PEERS,
     "ours-effects": ("NeuralTensorCompletion(rank=0, head=None): effects alone", effects),
     "ours": ("**NeuralTensorCompletion()**", ours),
+    "mixture": ("**BayesianCP(n_members=5)**", mixture),
 }
 
 

@@ -285,7 +285,7 @@ def test_a_missing_gpytorch_is_named(monkeypatch):
 def test_the_completion_table_has_a_line_for_every_method_named(folder, monkeypatch):
     monkeypatch.setattr(completion_peers, "EPOCHS", 2)
     monkeypatch.setattr(completion_peers, "LEAST_STEPS", 4)
-    names = ["mean", "effects", "trees", *completion_peers.PEERS]
+    names = ["mean", "effects", "trees", *completion_peers.PEERS, "mixture"]
     lines = list(completion.completion_lines(folder, ["taxi"], [0, 1], names))
     assert [line.split(" | ")[0] for line in lines[6:-1]] == [f"| {completion.METHODS[name][0]}" for name in names]
     assert "nan" not in "".join(lines)
