@@ -20,7 +20,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import train_test_split
 
-from benchmarks.completion import load_cells
+from benchmarks.completion import load_cells, predictive_of
 from benchmarks.completion_peers import MOST_CELLS, Impossible, Integers, biases, least_error
 from benchmarks.datasets import Floats
 from probtensor.baselines import MaskedParafac
@@ -86,10 +86,7 @@ def of_model(
     make: Callable[[int, str], TensorRegressor], kind: str, X: Integers, y: Floats, X_test: Integers, seed: int
 ) -> Found:
     """Means and predictive distributions of a model of this house."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.simplefilter("ignore", UnknownLabelWarning)
-        found = make(seed, kind).fit(X, y).predictive(X_test)
+    found = predictive_of(make(seed, kind), X, y, X_test)
     return found.mean, found
 
 

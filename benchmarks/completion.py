@@ -21,11 +21,12 @@ from sklearn.model_selection import train_test_split
 
 from benchmarks.completion_peers import PEERS, Impossible, Integers, Method, biases
 from benchmarks.datasets import Floats
-from probtensor.estimator import UnknownLabelWarning
+from probtensor.estimator import TensorRegressor, UnknownLabelWarning
 from probtensor.metrics import rmse
 from probtensor.models import BayesianCP, NeuralTensorCompletion
+from probtensor.predictive import Predictive
 
-__all__ = ["COMPLETION_SETS", "METHODS", "completion_lines", "in_processes", "load_cells"]
+__all__ = ["COMPLETION_SETS", "METHODS", "completion_lines", "in_processes", "load_cells", "predictive_of"]
 
 COMPLETION_SETS = {  # name of the file, decimals shown
     "synthetic": ("dain_synthetic10k", 4),
@@ -72,11 +73,16 @@ def effects(X: Integers, y: Floats, X_test: Integers, seed: int) -> tuple[Floats
 
 
 def mixture(X: Integers, y: Floats, X_test: Integers, seed: int) -> tuple[Floats, Floats]:
+    found = predictive_of(BayesianCP(n_members=5, random_state=seed, progress=False, device="cpu"), X, y, X_test)
+    return found.mean, np.stack(found.interval(0.9))
+
+
+def predictive_of(model: TensorRegressor, X: Integers, y: Floats, X_test: Integers) -> Predictive:
+    """Predictive distributions, without warnings of labels that were not met and fits that end early."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", UnknownLabelWarning)
-        found = BayesianCP(n_members=5, random_state=seed, progress=False).fit(X, y).predictive(X_test)
-    return found.mean, np.stack(found.interval(0.9))
+        return model.fit(X, y).predictive(X_test)
 
 
 METHODS: dict[str, tuple[str, Method]] = {  # name on the command line: label, method

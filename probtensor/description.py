@@ -38,7 +38,8 @@ def describe_model(model: Any) -> dict[str, str]:
     if hasattr(model, "form"):
         facts["form"] = str(model.form)
     if getattr(model, "n_members", 1) > 1 and hasattr(model, "bound_"):
-        facts["members"] = f"{model.n_members}; predictions mix all, what follows is of the one with the best bound"
+        best = "rank, bound, factors are of that with the best bound"
+        facts["members"] = f"{model.n_members}; predictions mix all; {best}"
     if hasattr(model, "effective_rank_") and len(model.relevance_):
         facts["effective rank"] = f"{model.effective_rank_} of {len(model.relevance_)}"
     if hasattr(model, "y_mean_") and (model.y_mean_, model.y_scale_) != (0.0, 1.0):

@@ -146,7 +146,7 @@ def test_a_fit_goes_on_from_any_checkpoint_to_the_same_bits(tmp_path: Path) -> N
 
 
 def test_info_names_the_members() -> None:
-    said = "3; predictions mix all, what follows is of the one with the best bound"
+    said = "3; predictions mix all; rank, bound, factors are of that with the best bound"
     assert describe_model(mixture()[0])["members"] == said
     assert "members" not in describe_model(BayesianCP(2, tol=1e-1, **QUICK).fit(*noisy()))
 
@@ -166,11 +166,23 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> No
         BayesianCP(2, **settings, **QUICK).fit(X, y - y.min())
 
 
-@pytest.mark.parametrize(
-    "settings", [{"n_members": 2}, {"guide": "mean_field", "n_steps": 5}, {"prior": "gamma"}], ids=str
-)
+WAYS: list[dict[str, Any]] = [{"n_members": 2}, {"guide": "mean_field", "n_steps": 5}, {"prior": "gamma"}]
+
+
+@pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_known_noise_is_that_of_new_values(settings: dict[str, Any]) -> None:
     X, y = noisy()
     y = y - y.min()  # the gamma prior's values are of one sign
     model = BayesianCP(2, calibration=0, tol=1e-1, **settings, **QUICK).fit(X, y, noise_std=np.full(len(y), 0.2))
     assert model.noise_std_ == pytest.approx(0.2, rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", WAYS, ids=str)
+def test_intervals_are_calibrated_on_the_known_noise(settings: dict[str, Any]) -> None:
+    """Rows held out are compared with the noise that new values have: with another, intervals would be as much off."""
+    X, y = noisy()
+    y, train = y - y.min(), np.arange(len(y)) % 4 > 0
+    model = BayesianCP(2, calibration=0.4, tol=1e-1, **settings, **QUICK)
+    model.fit(X[train], y[train], noise_std=np.full(train.sum(), 0.2))
+    lower, upper = model.predictive(X[~train]).interval(0.9)
+    assert 0.8 < np.mean((lower <= y[~train]) & (y[~train] <= upper)) < 0.98
